@@ -1,25 +1,25 @@
-"""Train a teacher with Proximal Policy Optimization (PPO, arXiv 1707.06347), with the settings of
-Proximal Policy Distillation (PPD, arXiv 2407.15134), to be distilled by the other scripts.
+"""Train a teacher with Proximal Policy Optimization (PPO, arXiv 1707.06347), in the settings of Proximal Policy
+Distillation (PPD, arXiv 2407.15134), for the scripts that distill it.
 
     python train_teacher.py --env-id Hopper-v4 --save-path runs/teacher.pt
     python train_teacher.py --env-id HalfCheetah-v4 --seed 200 --total-timesteps 1000000
 
-Any gymnasium environment with a flat Box observation and a Box action. Actor and critic are two separate networks.
-Ctrl-C saves the training state; `--resume runs/...` goes on from there; `--total-timesteps 0 --resume runs/...` only
-evaluates. The numbers follow stable-baselines3's PPO, which the paper was made with. It departs from that in what changes
-no result: environments are stepped by threads; values and log-probabilities of a rollout are computed in one batch after
-it; noise and shuffles come from one generator, whose state is saved.
+Any gymnasium environment with a flat Box observation and a flat Box action. Ctrl-C saves the training state,
+`--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. The numbers are those of
+stable-baselines3's PPO, which the paper used, with actor and critic as two networks. What departs from it changes no
+result: threads step the environments, values and log-probabilities of a rollout are computed in one batch after it,
+and noise and shuffles come from one generator, whose state is saved.
 """
 
 import copy
 import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import sys
@@ -57,8 +57,8 @@ class Args:
     overwrite: bool = False
     """replace an existing file at --save-path"""
     resume: str | None = None
-    """a run folder or its checkpoint.pt to go on from; all arguments come from there, and only total_timesteps, cuda,
-    compile, env_threads, eval_*, checkpoint_interval, track and overwrite may be given anew"""
+    """a run folder or its checkpoint.pt to go on from, with its arguments; only total_timesteps, eval_*, cuda, compile,
+    env_threads, checkpoint_interval, track and overwrite may be given anew"""
 
     # environment
     env_id: str = "Hopper-v4"
@@ -117,9 +117,9 @@ PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
     "Swimmer": dict(num_steps=256, ent_coef=0.01),
     "other": dict(num_steps=512, ent_coef=0.0),
 }
-HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}  # Table 4: hidden units of actor and of critic
-RUNTIME_FLAGS = """total_timesteps cuda compile env_threads eval_episodes eval_interval checkpoint_interval track
-    overwrite resume""".split()  # what --resume lets one give anew
+HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}  # Table 4: units of actor and critic
+RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
+RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
 
 
 def fail(message):
@@ -133,14 +133,12 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume is None:
         return args
-    _, state = read_training_state(args.resume)
-    saved = Args(**{field.name: state["args"][field.name] for field in dataclasses.fields(Args)})
+    saved = Args(**read_training_state(args.resume)[1]["args"])
     saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
     args = tyro.cli(Args, args=argv, default=saved)
-    for field in dataclasses.fields(Args):
-        if field.name not in RUNTIME_FLAGS and getattr(args, field.name) != getattr(saved, field.name):
-            flag = f"--{field.name.replace('_', '-')}"
-            fail(f"{flag} cannot be changed with --resume: this run was started with {getattr(saved, field.name)}")
+    for name, value in vars(saved).items():
+        if name not in RUNTIME_FLAGS and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot be changed with --resume: the run was started with {value}")
     return args
 
 
@@ -259,21 +257,16 @@ class ThreadedEnvs:
 # --- NETWORKS ---
 
 
-def layer_init(layer, gain, generator):
-    """Orthogonal weights (gain √2 in the body, 0.01 for the policy's output, 1 for the value) and zero biases."""
-    nn.init.orthogonal_(layer.weight, gain, generator=generator)
-    nn.init.zeros_(layer.bias)
-
-
-def mlp(sizes, activation, output_gain, generator):
-    """A multilayer perceptron with the layer widths `sizes`; `activation` is "relu" or "tanh"."""
+def mlp(sizes, activation, output_gain, generator=None):
+    """A multilayer perceptron with the layer widths `sizes`, its activation "relu" or "tanh". With a generator, weights
+    start orthogonal, with gain √2 in the body and output_gain in the last layer, and biases at 0."""
     layers = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:]):
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [nn.Linear(inputs, outputs), {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
-    layers.pop()  # no activation after the output
-    if generator is not None:
-        for layer in layers[::2]:
-            layer_init(layer, output_gain if layer is layers[-1] else math.sqrt(2), generator)
+    layers.pop()  # no activation after the last layer
+    for layer in layers[::2] if generator else []:
+        nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else math.sqrt(2), generator)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
@@ -297,8 +290,8 @@ class RunningMeanStd(nn.Module):
 
 
 class Actor(nn.Module):
-    """Gaussian policy: a multilayer perceptron for the mean, a log standard deviation that does not depend on the state.
-    It carries the statistics that its observations are normalized with."""
+    """Gaussian policy: a multilayer perceptron for the mean, and a log standard deviation that is the same in every
+    state. It carries the statistics that its observations are normalized with."""
 
     def __init__(self, network, generator=None):
         super().__init__()
@@ -317,7 +310,7 @@ class Actor(nn.Module):
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
     def forward(self, obs):
-        """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions, from normalized observations."""
+        """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions in normalized observations."""
         return self.mean(obs), self.logstd
 
 
@@ -338,73 +331,58 @@ class Critic(nn.Module):
 FORMAT = 1  # of policy files and training states
 
 
-def save_atomically(path, content):
-    """Write bytes so that at any moment, even after a crash, `path` holds the whole old file or the whole new one."""
+def save_atomically(path, write):
+    """Let `write(file)` fill a new file and put that at `path`: at any moment, even in a crash, `path` is the whole old
+    file or the whole new one."""
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    temporary = os.path.join(folder, f".{name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder_descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(folder_descriptor)
-    os.close(folder_descriptor)
-
-
-def serialize(content):
-    """A dict of tensors and plain Python values as the bytes of a file."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def read_file(path):
-    """The dict of tensors and plain values in a file of ours. Nothing in the file is executed, and every fault (missing,
-    damaged, foreign, inflated, non-finite) ends the program with one line that names the file and the field."""
+    """The dict of tensors and plain values in a file of ours. Nothing in it is executed, and whatever is wrong with it
+    (missing, damaged, foreign, inflated, not finite) ends the program with one line that names file and field."""
     if not os.path.isfile(path):
-        fail(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+        fail(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             data = file.read()
+        archive = zipfile.ZipFile(io.BytesIO(data))  # torch itself would load a flipped byte, and inflate without bound
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        if not stored or sum(entry.file_size for entry in archive.infolist()) > len(data) or archive.testzip():
+            raise ValueError
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
         fail(f"{path}: cannot be read: {error.strerror}")
-    try:  # torch itself loads a flipped byte and inflates a small archive without bound: the zip's own checks first
-        archive = zipfile.ZipFile(io.BytesIO(data))
-        entries = archive.infolist()
-        stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in entries)
-        if not stored or sum(e.file_size for e in entries) > len(data):
-            fail(f"{path}: compressed or overlapping entries; files of this project have none")
-        damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError):
-        fail(f"{path}: damaged, or not a file of this project (no intact torch archive)")
-    if damaged:
-        fail(f"{path}: damaged: wrong checksum of {damaged}")
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError):
-        fail(f"{path}: not a file of this project (it holds more than tensors and plain values)")
-    if not isinstance(content, dict) or "format" not in content:
-        fail(f"{path}: not a file of this project (no field format)")
-    if content["format"] != FORMAT or type(content["format"]) is not int:
-        fail(f"{path}: format {content['format']!r} is unknown; this script reads format {FORMAT}")
+    except Exception:  # a hostile file can bring about any of them
+        fail(f"{path}: damaged, or not a file of this project")
+    if type(content) is not dict or "format" not in content:
+        fail(f"{path}: not a file of this project: field format is missing")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        fail(f"{path}: field format: {content['format']!r} is unknown; this script reads {FORMAT}")
     pending, seen = [("", content)], set()
-    while pending:  # every value, once; a loop, because nesting can be deep
+    while pending:  # look at every value once; a loop, for nesting can be deep
         field, value = pending.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         if type(value) is dict:
-            if not all(type(key) in (str, int) for key in value):
-                fail(f"{path}: field {field or 'keys'}: keys must be text or integers")
-            pending += [(f"{field}.{key}" if field else str(key), item) for key, item in value.items()]
+            pending += [(f"{field}.{key}".lstrip("."), item) for key, item in value.items()]
+            pending += [(f"{field} (a key)", key) for key in value]
         elif type(value) in (list, tuple):
             pending += [(field, item) for item in value]
         elif type(value) is torch.Tensor:
-            if value.layout != torch.strided or value.device.type != "cpu" or not value.is_contiguous():
-                fail(f"{path}: field {field}: not a plain contiguous tensor")
-            if value.numel() * value.element_size() > len(data):
-                fail(f"{path}: field {field}: claims more numbers than the file has")
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                fail(f"{path}: field {field}: not a plain tensor")
+            if value.numel() * value.element_size() > len(data) or not value.is_contiguous():
+                fail(f"{path}: field {field}: claims more numbers than the file holds")
             if not torch.isfinite(value).all():
                 fail(f"{path}: field {field}: holds numbers that are not finite")
         elif type(value) not in (str, int, float, bool, type(None)):
@@ -413,129 +391,116 @@ def read_file(path):
 
 
 def check_fields(content, path, **types):
-    """Refuse a dict that lacks one of the named fields or holds another type there."""
-    for name, wanted in types.items():
-        if name not in content:
-            fail(f"{path}: field {name} is missing")
-        if type(content[name]) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
-            fail(f"{path}: field {name}: unexpected {type(content[name]).__name__}")
-
-
-def check_network(network, path):
-    """Refuse a description of networks that this script cannot build."""
-    check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list, action_dim=int)
-    if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
-        fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
-    widths = [network["action_dim"], *network["obs_shape"], *network["actor_hidden"], *network["critic_hidden"]]
-    if not all(type(w) is int and 1 <= w <= 2**20 for w in widths) or len(network["obs_shape"]) != 1 or len(widths) > 64:
-        fail(f"{path}: field network: widths must be positive integers, and the observation flat")
+    """Refuse a dict in which one of the named fields is missing or of another type."""
+    for field, kind in types.items():
+        if type(content.get(field)) is not kind:
+            fail(f"{path}: field {field} is missing, or not of type {kind.__name__}")
 
 
 def fill_module(module, tensors, path, field):
-    """Fill a module that was built on the meta device with the tensors of a file, whose names, shapes and types have to
-    be exactly the module's. Returns the module."""
+    """Give a module that was built on the meta device the tensors of a file, whose names, shapes and types have to be
+    exactly the module's. So no memory is taken that the file does not fill."""
     expected = module.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
+    for name in sorted(expected.keys() ^ tensors.keys(), key=str):
         fail(f"{path}: field {field}.{name} is {'missing' if name in expected else 'unexpected'}")
     for name, tensor in expected.items():
-        shape, found = tuple(tensor.shape), tensors[name]
-        if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape or found.dtype != tensor.dtype:
-            fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {shape}")
+        found = tensors[name]
+        if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {list(tensor.shape)}")
         if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon") and (found < 0).any():
             fail(f"{path}: field {field}.{name}: negative")
-    module.load_state_dict(tensors, assign=True)  # no memory is taken that the file does not fill
+    module.load_state_dict(tensors, assign=True)
     return module
 
 
 def load_policy(policy, path, obs_shape, action_dim):
-    """Actor, critic and return statistics (None if the file has none) of a policy dict from `read_file`, which is
-    refused where it does not fit the environment's observations (obs_shape) and actions (action_dim)."""
+    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
+    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
     if "policy" in policy:
-        fail(f"{path}: a training state, not a policy file; the policy of a finished run is teacher.pt or student.pt")
-    check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, return_rms=(dict, type(None)))
-    check_fields(policy, path, global_step=int, args=dict, versions=dict)
+        fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
+    check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
     if policy["suite"] != SUITE:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, but this script is for {SUITE}")
+        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {SUITE}")
     network = policy["network"]
-    check_network(network, path)
-    if network["obs_shape"] != list(obs_shape):
-        fail(f"{path}: field network: made for observations of shape {network['obs_shape']}, not {list(obs_shape)}")
-    if network["action_dim"] != action_dim:
-        fail(f"{path}: field network: made for {network['action_dim']} action dimensions, not {action_dim}")
+    check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
+    hidden = network["actor_hidden"] + network["critic_hidden"]
+    if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
+        fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
+    if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
+        fail(f"{path}: field network: hidden widths have to be positive integers")
+    for field, wanted in (("obs_shape", list(obs_shape)), ("action_dim", action_dim)):
+        if network.get(field) != wanted:
+            fail(f"{path}: field network.{field}: {network.get(field)}, but the environment's is {wanted}")
     with torch.device("meta"):
         actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
     fill_module(actor, policy["actor"], path, "actor")
     fill_module(critic, policy["critic"], path, "critic")
-    if policy["return_rms"] is None:
+    if policy.get("return_rms") is None:
         return actor, critic, None
+    check_fields(policy, path, return_rms=dict)
     return actor, critic, fill_module(return_rms, policy["return_rms"], path, "return_rms")
 
 
 def read_training_state(path):
-    """The path of a checkpoint, named by itself or by its run folder, and the training state in it."""
+    """The path of a checkpoint, which may be named by its run folder, and the training state in it."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     state = read_file(path)
     if "policy" not in state:
         fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
-    check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, global_step=int)
-    check_fields(state, path, train_seconds=float, wall_seconds=float, eval_curve=list, last_returns=list)
+    check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
     if state["script"] != os.path.basename(__file__):
-        fail(f"{path}: a training state of {state['script']}, not of {os.path.basename(__file__)}")
-    fields = {field.name for field in dataclasses.fields(Args)}
-    for name in sorted(fields ^ state["args"].keys()):
-        fail(f"{path}: field args.{name} is {'missing' if name in fields else 'unexpected'}")
+        fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
+    for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
+        fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
+    check_fields(state["progress"], path, global_step=int, train_seconds=float, wall_seconds=float)
+    check_fields(state["progress"], path, last_returns=list, eval_curve=list)
     return path, state
 
 
 def check_save_path(args, teacher=None):
-    """Refuse a --save-path that cannot be written or that would cost the user a file."""
-    path = args.save_path
-    if path is None or not os.path.lexists(path):
-        folder = os.path.abspath(os.path.dirname(path or "runs/run"))
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            fail(f"{folder}: not a folder that can be written to")
+    """Refuse a --save-path that cannot be written, or that would cost the user a file."""
+    path = args.save_path or "runs/run"
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(args.save_path or ""):
+        fail(f"--save-path {path}: {'a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
+    if not os.path.lexists(args.save_path or ""):
         return
-    if os.path.isdir(path):
-        fail(f"--save-path {path} is a folder; name a file")
-    if teacher and os.path.exists(teacher) and os.path.samefile(path, teacher):
-        fail(f"--save-path {path} is the teacher's own file; name another")
-    if args.overwrite:
-        return
-    if args.resume:  # the run itself may have written it
-        started_with = read_file(path).get("args", {})
-        if all(started_with.get(k) == v for k, v in dataclasses.asdict(args).items() if k not in RUNTIME_FLAGS):
-            return
-    fail(f"--save-path {path} exists; name another or give --overwrite")
+    if teacher and os.path.exists(path) and os.path.samefile(path, teacher):
+        fail(f"--save-path {path}: the teacher's own file; name another")
+    if not args.overwrite:  # what a resumed run wrote itself it may write again
+        written_by = read_file(path).get("args") if args.resume else None
+        if not written_by or any(written_by.get(k) != v for k, v in vars(args).items() if k not in RUNTIME_FLAGS):
+            fail(f"--save-path {path}: exists; name another, or replace it with --overwrite")
 
 
 def make_run_folder(args):
     """A new folder runs/{env_id}__{exp_name}__{seed}__{unix time}, with a suffix where that exists."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    name = "".join("-" if c in '/\\:' else c for c in name)
-    for suffix in ["", *(f"-{i}" for i in range(1, 1000))]:
-        try:
-            os.makedirs(f"runs/{name}{suffix}")
-            return f"runs/{name}{suffix}"
-        except FileExistsError:
-            pass
+    name = "runs/" + "".join("-" if character in "/\\:" else character for character in name)
+    folder, suffix = name, 0
+    while os.path.exists(folder):
+        suffix += 1
+        folder = f"{name}-{suffix}"
+    os.makedirs(folder)
+    return folder
 
 
 def plain(module):
-    """A module's state dict as a dict of tensors of their own on the CPU."""
+    """A module's state dict, as tensors of their own on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 def versions():
-    """The versions of what a result depends on."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    return {"python": platform.python_version(), **packages}
+    """The versions that a result depends on."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 class Signals:
-    """Remembers signals until the loop asks for them. SIGINT (Ctrl-C) and SIGTERM: save and exit; a second one quits at
-    once. SIGUSR1: save and go on."""
+    """Remembers signals until the loop asks. SIGINT (Ctrl-C) and SIGTERM: save and exit; a second one quits at once.
+    SIGUSR1: save and go on."""
 
     def __init__(self):
         self.stop, self.save = None, False
@@ -545,10 +510,10 @@ class Signals:
     def handle(self, number, frame):
         if number == signal.SIGUSR1:
             self.save = True
-            return
-        self.stop = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        else:
+            self.stop = number
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # --- MATH ---
@@ -595,25 +560,30 @@ def value_loss(values, returns):
     return ((values - returns) ** 2).mean()
 
 
+def ratio_metrics(logratio, clip_coef):
+    """For the log: approximate KL(π_θk ‖ π_θ) (Schulman's k3 estimator) and the fraction of clipped ratios."""
+    ratio = logratio.exp()
+    return (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
+
+
 # --- EVALUATION ---
 
 
 @torch.no_grad()
-def evaluate(actor, env_id, episodes, seed, threads=0, on_step=lambda: None):
-    """The returns of `episodes` full episodes with deterministic actions, a list of floats.
+def evaluate(actor, args, on_step=lambda: None):
+    """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
 
-    Every environment plays a quota fixed beforehand (short episodes would be over-represented among the first to end).
-    Seeds are evaluation's own, and nothing of the training's randomness is used. on_step is called at every step."""
+    Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
+    are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
     torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-    num_envs = min(episodes, 25)
-    quotas = [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
-    envs = ThreadedEnvs(env_id, num_envs, threads)
-    device = actor.logstd.device
+    num_envs = min(args.eval_episodes, 25)
+    quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
+    envs = ThreadedEnvs(args.env_id, num_envs, args.env_threads)
+    obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
     returns = [[] for _ in range(num_envs)]
-    obs = envs.reset(derive_seeds(seed, "evaluation", num_envs))
-    while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas)])).any():
+    while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
-        mean, _ = actor(actor.normalize(torch.from_numpy(obs).to(device)))
+        mean, _ = actor(actor.normalize(torch.from_numpy(obs).to(actor.logstd.device)))
         obs, _, _, _, _, finished = envs.step(mean.cpu().numpy(), active)
         for i, episode_return, _ in finished:
             returns[i].append(episode_return)
@@ -621,244 +591,224 @@ def evaluate(actor, env_id, episodes, seed, threads=0, on_step=lambda: None):
     return [episode_return for done in returns for episode_return in done]
 
 
-def score(returns):
+def summarize(returns):
     """Mean, standard deviation, number and list of episodic returns, for result.json."""
-    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "episodes": len(returns), "returns": returns}
+    return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
 
 
 def main(args):
-    # SETUP: everything that can be wrong is found before anything is created
+    # SETUP: whatever can be wrong is found before anything is created
     resumed = None
     if args.resume:
         checkpoint_path, resumed = read_training_state(args.resume)
     elif args.total_timesteps == 0:
-        fail("--total-timesteps 0 evaluates a run: name it with --resume")
+        fail("--total-timesteps 0 only evaluates: name a run with --resume")
     settings = PAPER_SETTINGS.get(args.env_id.split("-")[0], PAPER_SETTINGS["other"])
-    filled = {name: value for name, value in settings.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **filled)
+    settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **settings)
     check_numbers(args)
     check_save_path(args)
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights and Biases: pip install wandb")
     probe = make_env(args.env_id)
     (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
     probe.close()
-    wandb = None
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     update_threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU on every device
+
+    generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
+    progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
     if resumed:
-        network = resumed["policy"]["network"] if "network" in resumed["policy"] else None
         actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, [obs_dim], action_dim)
+        network = resumed["policy"]["network"]
+        progress = resumed["progress"]
     else:
         network = dict(kind="mlp", activation="relu", actor_hidden=HIDDEN[args.size], critic_hidden=HIDDEN[args.size])
-        network.update(obs_shape=[obs_dim], action_dim=action_dim)
+        network |= dict(obs_shape=[obs_dim], action_dim=action_dim)
         actor, critic, return_rms = Actor(network, generator), Critic(network, generator), RunningMeanStd()
-    actor.to(device), critic.to(device)
+    actor, critic = actor.to(device), critic.to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    global_step, train_seconds, wall_seconds, eval_curve, last_returns = 0, 0.0, 0.0, [], []
     if resumed:
         try:
             optimizer.load_state_dict(resumed["optimizer"])
             generator.set_state(resumed["generator"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
             fail(f"{checkpoint_path}: field optimizer or generator does not fit: {error}")
-        global_step, train_seconds, wall_seconds = (resumed[k] for k in ("global_step", "train_seconds", "wall_seconds"))
-        eval_curve, last_returns = resumed["eval_curve"], resumed["last_returns"]
     if args.compile:
-        actor.compile(), critic.compile()  # in place, so that the names of the parameters stay
+        actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
+        critic.compile()
 
-    run_folder = os.path.dirname(checkpoint_path) or "." if resumed else make_run_folder(args)
-    checkpoint_path = os.path.join(run_folder, "checkpoint.pt")
+    run_folder = os.path.dirname(checkpoint_path) if resumed else make_run_folder(args)
     save_path = args.save_path or os.path.join(run_folder, "teacher.pt")
     os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
-    if wandb:
-        wandb.init(project=args.wandb_project_name, name=os.path.basename(run_folder), config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if resumed else None)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
+    table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + table)
     print(f"run folder: {run_folder} (device: {device})")
-    if filled:
-        print(f"the paper's settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in filled.items()))
-    start_time, signals = time.time(), Signals()
+    if settings:
+        print(f"the paper's settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    signals, start_time = Signals(), time.time() - progress["wall_seconds"]
 
-    def policy_dict():
-        return {
-            "format": FORMAT,
-            "suite": SUITE,
-            "env_id": args.env_id,
-            "network": network,
-            "actor": plain(actor),
-            "critic": plain(critic),
-            "return_rms": plain(return_rms),
-            "global_step": global_step,
-            "args": dataclasses.asdict(args),
-            "versions": versions(),
-        }
+    def make_policy():
+        policy = dict(format=FORMAT, suite=SUITE, env_id=args.env_id, network=network, actor=plain(actor))
+        policy |= dict(critic=plain(critic), return_rms=plain(return_rms), global_step=progress["global_step"])
+        return policy | dict(args=dataclasses.asdict(args), versions=versions())
 
-    def training_state():
-        return {
-            "format": FORMAT,
-            "script": os.path.basename(__file__),
-            "policy": policy_dict(),
-            "optimizer": copy.deepcopy(optimizer.state_dict()),
-            "generator": generator.get_state(),
-            "args": dataclasses.asdict(args),
-            "global_step": global_step,
-            "train_seconds": train_seconds,
-            "wall_seconds": wall_seconds + time.time() - start_time,
-            "eval_curve": list(eval_curve),
-            "last_returns": list(last_returns),
-        }
+    def make_training_state():
+        progress["wall_seconds"] = time.time() - start_time
+        state = dict(format=FORMAT, script=os.path.basename(__file__), policy=make_policy(), progress=progress)
+        state |= dict(optimizer=optimizer.state_dict(), generator=generator.get_state(), args=dataclasses.asdict(args))
+        return copy.deepcopy(state)
 
-    def save_state():
-        writer.flush()  # the curves on disk reach at least as far as the state
-        save_atomically(checkpoint_path, serialize(state))
+    def save_training_state():
+        writer.flush()  # the curves on disk reach as far as the state, or further
+        save_atomically(os.path.join(run_folder, "checkpoint.pt"), lambda file: torch.save(state, file))
 
-    def check_signals():
+    def stop_on_signal():
         if signals.stop:
-            save_state()
+            save_training_state()
             bar.close()
             writer.close()
-            print(f"stopped by {signal.Signals(signals.stop).name} at step {state['global_step']}", file=sys.stderr)
-            print(f"go on with: python {os.path.basename(__file__)} --resume {run_folder}", file=sys.stderr)
+            print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
+            print(f"  python {os.path.basename(__file__)} --resume {run_folder}", file=sys.stderr)
             raise SystemExit(128 + signals.stop)
 
     # TRAINING
-    T, N = args.num_steps, args.num_envs
+    T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
+    obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
+    rewards_b = torch.zeros((T, N))
+    terminated_b, ended_b = (torch.zeros((T, N), dtype=torch.bool) for _ in range(2))
+    global_step = saved_step = progress["global_step"]
     envs = ThreadedEnvs(args.env_id, N, args.env_threads)
     raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
     actor.obs_rms.update(raw_obs)
     obs = actor.normalize(raw_obs)
-    running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the running episodes: sets the reward's scale
-    b_obs = torch.zeros((T, N, obs_dim), device=device)
-    b_actions, b_means = (torch.zeros((T, N, action_dim), device=device) for _ in range(2))
-    b_rewards, b_terminated, b_ended = torch.zeros((T, N)), torch.zeros((T, N), dtype=torch.bool), torch.zeros((T, N), dtype=torch.bool)
-    saved_step, state = global_step, training_state()
+    running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
     total = math.ceil(args.total_timesteps / (T * N)) * T * N
     bar = tqdm(total=total, initial=global_step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
     try:
         while global_step < args.total_timesteps:
             iteration_start = time.time()
 
-            # COLLECT a rollout; only the actor runs, values and log-probabilities follow in one batch
+            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
             torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-            noise = torch.randn((T, N, action_dim), generator=generator).to(device)
-            final_obs = {}  # (step, environment): the last observation of an episode that was truncated
+            noise = torch.randn((T, N, A), generator=generator).to(device)
+            final_obs = {}  # (step, environment): last observation of an episode that was truncated there
             for step in range(T):
-                check_signals()
+                stop_on_signal()
                 with torch.no_grad():
                     mean, logstd = actor(obs)
-                b_obs[step], b_means[step] = obs, mean
-                b_actions[step] = mean + logstd.detach().exp() * noise[step]
-                raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(b_actions[step].cpu().numpy())
+                    action = mean + logstd.exp() * noise[step]
+                obs_b[step], actions_b[step], means_b[step] = obs, action, mean
+                raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(action.cpu().numpy())
+                global_step += N
                 raw_obs, reward = torch.from_numpy(raw_obs).to(device), torch.from_numpy(reward)
                 actor.obs_rms.update(raw_obs)
                 obs = actor.normalize(raw_obs)
                 for i in np.flatnonzero(truncated & ~terminated):
                     final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
-                running_return = running_return * 0.99 + reward  # 0.99 whatever gamma is: stable-baselines3's default
+                terminated_b[step] = torch.from_numpy(terminated)
+                ended_b[step] = torch.from_numpy(terminated | truncated)
+                running_return = running_return * 0.99 + reward  # 0.99 whatever gamma is, as in stable-baselines3
                 return_rms.update(running_return)
-                b_rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
-                b_terminated[step], b_ended[step] = torch.from_numpy(terminated), torch.from_numpy(terminated | truncated)
-                running_return[b_ended[step]] = 0
+                rewards_b[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                running_return[ended_b[step]] = 0
                 for _, episode_return, episode_length in finished:
-                    writer.add_scalar("charts/episodic_return", episode_return, global_step + (step + 1) * N)
-                    writer.add_scalar("charts/episodic_length", episode_length, global_step + (step + 1) * N)
-                    last_returns = [*last_returns[-99:], episode_return]
+                    writer.add_scalar("charts/episodic_return", episode_return, global_step)
+                    writer.add_scalar("charts/episodic_length", episode_length, global_step)
+                    progress["last_returns"] = progress["last_returns"][-99:] + [episode_return]
 
             # ADVANTAGE
             torch.set_num_threads(update_threads)
             with torch.no_grad():
-                logprobs = gaussian_logprob(b_actions, b_means, actor.logstd)
-                values = critic(b_obs.flatten(0, 1)).view(T, N)
+                logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
+                values = critic(obs_b.flatten(0, 1)).view(T, N)
                 next_values = torch.cat([values[1:], critic(obs)[None]])
-                next_values[b_terminated.to(device)] = 0
+                next_values[terminated_b.to(device)] = 0
                 if final_obs:
-                    next_values[tuple(zip(*final_obs))] = critic(torch.stack(list(final_obs.values())))
-                ended, rewards = b_ended.to(device), b_rewards.to(device)
+                    next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
+                rewards, ended = rewards_b.to(device), ended_b.to(device)
                 advantages = compute_advantages(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
                 returns = advantages + values
 
             # UPDATE
-            flat_obs, flat_actions, flat_logprobs = b_obs.flatten(0, 1), b_actions.flatten(0, 1), logprobs.flatten()
-            flat_advantages, flat_returns = advantages.flatten(), returns.flatten()
+            b_obs, b_actions, b_logprobs = obs_b.flatten(0, 1), actions_b.flatten(0, 1), logprobs.flatten()
+            b_advantages, b_returns = advantages.flatten(), returns.flatten()
             metrics = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
-                    check_signals()
-                    mean, logstd = actor(flat_obs[mb])
-                    logratio = gaussian_logprob(flat_actions[mb], mean, logstd) - flat_logprobs[mb]
-                    pg_loss = ppo_loss(logratio, flat_advantages[mb], args.clip_coef, args.norm_adv)
+                    stop_on_signal()
+                    mean, logstd = actor(b_obs[mb])
+                    logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
+                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
                     entropy = gaussian_entropy(logstd)
-                    v_loss = value_loss(critic(flat_obs[mb]), flat_returns[mb])
+                    v_loss = value_loss(critic(b_obs[mb]), b_returns[mb])
                     optimizer.zero_grad()
-                    (pg_loss - args.ent_coef * entropy).backward()  # disjoint networks: one after the other, less memory
+                    (pg_loss - args.ent_coef * entropy).backward()  # one network after the other: less memory
                     (args.vf_coef * v_loss).backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, error_if_nonfinite=True)
+                    if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
+                        raise FloatingPointError("loss or gradient")
                     optimizer.step()
-                    with torch.no_grad():
-                        ratio = logratio.exp()
-                        approx_kl, clipfrac = (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
-                        metrics.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac]))
-            global_step += T * N
-            train_seconds += time.time() - iteration_start
+                    losses = pg_loss.detach(), v_loss.detach(), entropy.detach()
+                    metrics.append(torch.stack([*losses, *ratio_metrics(logratio.detach(), args.clip_coef)]))
+            progress["global_step"] = global_step
+            progress["train_seconds"] += time.time() - iteration_start
 
             # LOG
             names = ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
-            logged = dict(zip(names, torch.stack(metrics).mean(0).tolist()))
+            logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
             logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
             logged["charts/learning_rate"] = args.learning_rate
-            logged["charts/SPS"] = int(global_step / train_seconds)
+            logged["charts/SPS"] = int(global_step / progress["train_seconds"])
             for name, value in logged.items():
                 writer.add_scalar(name, value, global_step)
             bar.update(T * N)
-            bar.set_postfix(returns=f"{np.mean(last_returns):.1f}" if last_returns else "-", refresh=False)
-            if args.eval_interval and global_step // args.eval_interval > (global_step - T * N) // args.eval_interval:
-                eval_returns = evaluate(actor, args.env_id, args.eval_episodes, args.seed, args.env_threads, check_signals)
-                writer.add_scalar("charts/eval_return", np.mean(eval_returns), global_step)
-                eval_curve.append([global_step, float(np.mean(eval_returns)), float(np.std(eval_returns))])
+            bar.set_postfix_str(f"return {np.mean(progress['last_returns'] or [math.nan]):.1f}", refresh=False)
+            if args.eval_interval and global_step % args.eval_interval < T * N:
+                evaluated = summarize(evaluate(actor, args, stop_on_signal))
+                progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
+                writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
 
             # SAVE
-            state = training_state()
-            if global_step - saved_step >= args.checkpoint_interval or signals.save or global_step >= args.total_timesteps:
-                save_state()
+            state = make_training_state()
+            if global_step >= min(saved_step + args.checkpoint_interval, args.total_timesteps) or signals.save:
+                save_training_state()
                 saved_step, signals.save = global_step, False
 
         # RESULT
         bar.close()
-        envs.close()
-        save_atomically(save_path, serialize(policy_dict()))
-        result = {"script": os.path.basename(__file__), "suite": SUITE, "env_id": args.env_id, "seed": args.seed, "size": args.size}
-        result.update(global_step=global_step, sps=round(global_step / train_seconds) if train_seconds else None)
+        policy = make_policy()
+        save_atomically(save_path, lambda file: torch.save(policy, file))
+        result = dict(script=os.path.basename(__file__), suite=SUITE, env_id=args.env_id, seed=args.seed)
         if args.eval_episodes:
-            print(f"evaluating {args.eval_episodes} episodes …")
-            result["teacher"] = score(evaluate(actor, args.env_id, args.eval_episodes, args.seed, args.env_threads, check_signals))
-            save_atomically(save_path, serialize({**policy_dict(), "score": result["teacher"]}))
-            writer.add_scalar("charts/final_return", result["teacher"]["mean"], global_step)
-    except (FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
-            raise
-        what = error if isinstance(error, FloatingPointError) else "loss or gradient"
+            print(f"evaluating {args.eval_episodes} episodes")
+            result["teacher"] = policy["score"] = summarize(evaluate(actor, args, stop_on_signal))
+            save_atomically(save_path, lambda file: torch.save(policy, file))
+    except FloatingPointError as error:
         bar.close()
-        print(f"{os.path.basename(__file__)}: error: non-finite {what} after step {global_step}; the last checkpoint is good", file=sys.stderr)
+        print(f"{os.path.basename(__file__)}: error: non-finite {error} at step {global_step}", file=sys.stderr)
         raise SystemExit(1) from None
-    wall_seconds += time.time() - start_time
-    result.update(wall_seconds=round(wall_seconds, 1), eval_curve=eval_curve, args=dataclasses.asdict(args), versions=versions())
-    save_atomically(os.path.join(run_folder, "result.json"), json.dumps(result, indent=2).encode())
+    envs.close()
+    result |= dict(size=args.size, global_step=global_step)
+    result |= dict(sps=round(global_step / max(progress["train_seconds"], 1e-9)))
+    result |= dict(wall_seconds=time.time() - start_time, eval_curve=progress["eval_curve"])
+    result |= dict(args=dataclasses.asdict(args), versions=versions())
+    report = json.dumps(result, indent=2).encode()
+    save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
     writer.close()
-
-    # SUMMARY
     if args.eval_episodes:
-        print(f"teacher: {result['teacher']['mean']:.1f} ± {result['teacher']['std']:.1f} over {args.eval_episodes} episodes")
-    print(f"saved {save_path}; distill it with:\n  python ppd_continuous.py --env-id {args.env_id} --teacher {save_path}")
+        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**result["teacher"]))
+    print(f"saved {save_path}; distill it:")
+    print(f"  python ppd_continuous.py --env-id {args.env_id} --teacher {save_path}")
 
 
 if __name__ == "__main__":

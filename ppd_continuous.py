@@ -1,0 +1,912 @@
+"""Proximal Policy Distillation (PPD, arXiv 2407.15134) for continuous control: distill a teacher into a smaller, same
+or larger student, which acts, collects rewards, and can come to beat its teacher.
+
+    python ppd_continuous.py --env-id Hopper-v4 --teacher teachers/Hopper-v4.pt
+    python ppd_continuous.py --env-id Hopper-v4 --teacher runs/teacher.pt --student-size larger --seed 200
+
+The student learns by PPO on its own rollouts, with a term that draws it to the teacher on the states it visits:
+
+    maximize  E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
+
+Its critic is learned from scratch. The teacher's observation statistics are frozen into the student, so that both see
+the same inputs; the teacher runs once per rollout, without gradients. Ctrl-C saves the training state, `--resume
+runs/...` goes on from there, `--total-timesteps 0` only evaluates. The numbers are those of the paper and, where it is
+silent, of its library (sb3_distill); where these differ, in λ and in separate networks, the paper's.
+"""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # experiment
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 100
+    """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
+    torch_deterministic: bool = True
+    """deterministic algorithms, also on the GPU"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+    wandb_project_name: str = "ppd"
+    """the project's name in Weights and Biases"""
+    save_path: str | None = None
+    """where the student goes (default: student.pt in the run folder); an existing file is refused"""
+    overwrite: bool = False
+    """replace an existing file at --save-path"""
+    resume: str | None = None
+    """a run folder or its checkpoint.pt to go on from, with its arguments; only total_timesteps, eval_*, cuda, compile,
+    env_threads, checkpoint_interval, track and overwrite may be given anew"""
+
+    # environment
+    env_id: str | None = None
+    """id of the environment (default: the teacher's)"""
+    num_envs: int = 18
+    """parallel environments"""
+
+    # distillation
+    teacher: str | None = None
+    """the teacher's policy file; needed, but not with --resume"""
+    student_size: Literal["smaller", "same", "larger"] = "same"
+    """the paper's network of that size; `same` is the teacher's own"""
+    distill_lambda: float = 1.0
+    """weight λ of the KL to the teacher; 0 is plain PPO, the paper's baseline"""
+    distill_lambda_end: float | None = None
+    """anneal λ linearly to this value over the run (default: constant)"""
+    kl: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher ‖ student), the paper's; reverse: KL(student ‖ teacher)"""
+    teacher_noise: float = 0.0
+    """standard deviation of noise added to every parameter of the teacher (the paper's imperfect teachers: 0.05)"""
+
+    # algorithm (paper, Table 3; what the paper varies by environment stands in PAPER_SETTINGS)
+    total_timesteps: int = 2_000_000
+    """environment steps, rounded up to whole rollouts; 0 trains nothing and evaluates the teacher or what --resume
+    names"""
+    learning_rate: float = 3e-4
+    """Adam's learning rate, constant"""
+    num_steps: int = 64
+    """steps per environment and rollout"""
+    gamma: float | None = None
+    """discount factor (default: the paper's, 0.995 for Hopper and Swimmer, else 0.999)"""
+    gae_lambda: float = 0.9
+    """lambda of generalized advantage estimation"""
+    minibatch_size: int = 512
+    """samples per gradient step; the last minibatch of an epoch may be smaller"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    norm_adv: bool = True
+    """normalize advantages in each minibatch"""
+    clip_coef: float = 0.2
+    """epsilon, the clip range of the importance ratio"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the critic's loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient, of actor and critic together"""
+
+    # evaluation
+    eval_episodes: int = 50
+    """full episodes with deterministic actions at the end; 0 skips the evaluation"""
+    eval_interval: int = 0
+    """also evaluate every so many environment steps; 0 never does"""
+
+    # runtime
+    cuda: bool = True
+    """use the GPU where there is one"""
+    compile: bool = False
+    """torch.compile the networks"""
+    env_threads: int = 0
+    """threads that step the environments, 0 for one per core; changes no result"""
+    checkpoint_interval: int = 500_000
+    """environment steps between saves of the training state"""
+
+
+SUITE = "continuous"  # the suite of a policy file
+PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
+    "Hopper": dict(gamma=0.995),
+    "Swimmer": dict(gamma=0.995),
+    "other": dict(gamma=0.999),
+}
+HIDDEN = {"smaller": [128, 64], "larger": [512, 512]}  # Table 4: units of actor and critic
+RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
+RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
+
+
+def fail(message):
+    """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
+    print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv=None):
+    """The command line (default: this process's) as `Args`; with --resume, on top of the arguments saved there."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is None:
+        return args
+    saved = Args(**read_training_state(args.resume)[1]["args"])
+    saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
+    args = tyro.cli(Args, args=argv, default=saved)
+    for name, value in vars(saved).items():
+        if name not in RUNTIME_FLAGS and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot be changed with --resume: the run was started with {value}")
+    return args
+
+
+def check_numbers(args):
+    """Refuse arguments that no run can have, before anything is created."""
+    limits = [
+        ("num_envs num_steps minibatch_size update_epochs checkpoint_interval", lambda x: x >= 1, "at least 1"),
+        ("seed total_timesteps eval_episodes eval_interval env_threads", lambda x: x >= 0, "0 or more"),
+        ("learning_rate max_grad_norm clip_coef", lambda x: 0 < x < math.inf, "a positive number"),
+        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ("ent_coef vf_coef teacher_noise", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+        ("distill_lambda distill_lambda_end", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ]
+    for names, is_valid, wanted in limits:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not is_valid(value):
+                fail(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    if args.minibatch_size > args.num_envs * args.num_steps:
+        batch = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps}"
+        fail(f"--minibatch-size {args.minibatch_size} is larger than the rollout, {batch}")
+    if args.eval_interval and not args.eval_episodes:
+        fail(f"--eval-interval {args.eval_interval} needs --eval-episodes of at least 1")
+
+
+def derive_seeds(seed, stream, count, step=0):
+    """`count` independent 32-bit seeds for a stream of randomness ("training", "environments", …) of a run, and for
+    the step at which it was resumed, as a list of ints."""
+    entropy = [seed, int.from_bytes(stream.encode(), "big"), step]
+    return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
+
+
+# --- ENVIRONMENT ---
+
+
+def make_env(env_id):
+    """One gymnasium environment with a flat Box observation and a flat Box action; any other id ends the program."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium calls every MuJoCo -v4 outdated: they are the paper's ids
+            env = gym.make(env_id, disable_env_checker=True)  # the checker costs time at every step
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        hint = f"; nearest known ids: {', '.join(near)}" if near else ""
+        reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
+        fail(f"--env-id {env_id}: {reason}; this script takes gymnasium's continuous control{hint}")
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: its {name} space is {space}; this script needs a flat Box")
+    return env
+
+
+class ThreadedEnvs:
+    """`num_envs` gymnasium environments, stepped by `threads` threads (0: one per core), each reset in the very step
+    that ends its episode. MuJoCo releases Python's lock while it computes, so threads bring speed; each environment has
+    its own state, so they change no result."""
+
+    def __init__(self, env_id, num_envs, threads=0):
+        self.envs = [make_env(env_id) for _ in range(num_envs)]
+        self.action_space = self.envs[0].action_space
+        shape = (num_envs, *self.envs[0].observation_space.shape)
+        self.obs, self.last_obs = np.zeros(shape), np.zeros(shape)
+        self.rewards, self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, int)
+        self.terminated, self.truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+        threads = min(threads or len(os.sched_getaffinity(0)), num_envs)
+        self.shares = [range(first, num_envs, threads) for first in range(threads)]
+        self.pool = ThreadPoolExecutor(threads)
+
+    def reset(self, seeds):
+        """Start new episodes, environment i with seeds[i]; the observations, (num_envs, obs_dim) float64."""
+        for i, env in enumerate(self.envs):
+            self.obs[i], _ = env.reset(seed=seeds[i])
+        self.returns[:], self.lengths[:] = 0, 0
+        return self.obs.copy()
+
+    def step(self, actions, active=None):
+        """Act in every environment, or in those where the bool array `active` is set.
+
+        actions: (num_envs, action_dim) float32, clipped here to the action bounds: MuJoCo's dynamics would clip them
+        too, but its control cost would not. Returns obs (num_envs, obs_dim) float64, the next observations, those of a
+        new episode where one has ended; rewards (num_envs,) float64; terminated and truncated (num_envs,) bool, which
+        can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
+        (environment, return, length) of the episodes that ended. FloatingPointError at a non-finite number."""
+        actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        jobs = [self.pool.submit(self._step_share, share, actions, active) for share in self.shares]
+        for job in jobs:
+            job.result()
+        if not np.isfinite(self.last_obs).all():
+            raise FloatingPointError("observation")
+        if not np.isfinite(self.rewards).all():
+            raise FloatingPointError("reward")
+        ended = np.flatnonzero((self.terminated | self.truncated) & (True if active is None else active))
+        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        self.returns[ended], self.lengths[ended] = 0, 0
+        flags = self.terminated.copy(), self.truncated.copy()
+        return self.obs.copy(), self.rewards.copy(), *flags, self.last_obs.copy(), finished
+
+    def _step_share(self, share, actions, active):
+        for i in share:
+            if active is not None and not active[i]:
+                continue
+            obs, self.rewards[i], self.terminated[i], self.truncated[i], _ = self.envs[i].step(actions[i])
+            self.returns[i] += self.rewards[i]
+            self.lengths[i] += 1
+            self.last_obs[i] = obs
+            if self.terminated[i] or self.truncated[i]:
+                obs, _ = self.envs[i].reset()  # goes on with the environment's own random stream
+            self.obs[i] = obs
+
+    def close(self):
+        self.pool.shutdown()
+        for env in self.envs:
+            env.close()
+
+
+# --- NETWORKS ---
+
+
+def mlp(sizes, activation, output_gain, generator=None):
+    """A multilayer perceptron with the layer widths `sizes`, its activation "relu" or "tanh". With a generator, weights
+    start orthogonal, with gain √2 in the body and output_gain in the last layer, and biases at 0."""
+    layers = []
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(inputs, outputs), {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
+    layers.pop()  # no activation after the last layer
+    for layer in layers[::2] if generator else []:
+        nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else math.sqrt(2), generator)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of a stream of batches, by the parallel update of Chan et al. (1979), as float64 buffers."""
+
+    def __init__(self, shape=()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))  # stable-baselines3's start
+
+    def update(self, batch):
+        """Take in a batch, (n, *shape) float64."""
+        var, mean = torch.var_mean(batch, dim=0, correction=0)
+        delta, total = mean - self.mean, self.count + len(batch)
+        squares = self.var * self.count + var * len(batch) + delta**2 * self.count * len(batch) / total
+        self.mean += delta * len(batch) / total
+        self.var.copy_(squares / total)
+        self.count.copy_(total)
+
+
+class Actor(nn.Module):
+    """Gaussian policy: a multilayer perceptron for the mean, and a log standard deviation that is the same in every
+    state. It carries the statistics that its observations are normalized with."""
+
+    def __init__(self, network, generator=None):
+        super().__init__()
+        sizes = [*network["obs_shape"], *network["actor_hidden"], network["action_dim"]]
+        self.mean = mlp(sizes, network["activation"], 0.01, generator)
+        self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))
+        self.obs_rms = RunningMeanStd(network["obs_shape"])
+        self.register_buffer("obs_clip", torch.tensor(10.0, dtype=torch.float64))
+        self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
+
+    def normalize(self, obs):
+        """Observations as the networks see them, by the statistics as they stand: (n, obs_dim) float64 to float32.
+        Called where observations are collected and not in `forward`: else statistics that move on between collection
+        and update would change the importance ratio."""
+        obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
+        return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
+
+    def forward(self, obs):
+        """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions in normalized observations."""
+        return self.mean(obs), self.logstd
+
+
+class Critic(nn.Module):
+    """State value: a multilayer perceptron of its own."""
+
+    def __init__(self, network, generator=None):
+        super().__init__()
+        self.value = mlp([*network["obs_shape"], *network["critic_hidden"], 1], network["activation"], 1.0, generator)
+
+    def forward(self, obs):
+        """Values (n,) of normalized observations (n, obs_dim)."""
+        return self.value(obs).squeeze(-1)
+
+
+# --- CHECKPOINT ---
+
+FORMAT = 1  # of policy files and training states
+
+
+def save_atomically(path, write):
+    """Let `write(file)` fill a new file and put that at `path`: at any moment, even in a crash, `path` is the whole old
+    file or the whole new one."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_file(path):
+    """The dict of tensors and plain values in a file of ours. Nothing in it is executed, and whatever is wrong with it
+    (missing, damaged, foreign, inflated, not finite) ends the program with one line that names file and field."""
+    if not os.path.isfile(path):
+        fail(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        archive = zipfile.ZipFile(io.BytesIO(data))  # torch itself would load a flipped byte, and inflate without bound
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        if not stored or sum(entry.file_size for entry in archive.infolist()) > len(data) or archive.testzip():
+            raise ValueError
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except OSError as error:
+        fail(f"{path}: cannot be read: {error.strerror}")
+    except Exception:  # a hostile file can bring about any of them
+        fail(f"{path}: damaged, or not a file of this project")
+    if type(content) is not dict or "format" not in content:
+        fail(f"{path}: not a file of this project: field format is missing")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        fail(f"{path}: field format: {content['format']!r} is unknown; this script reads {FORMAT}")
+    pending, seen = [("", content)], set()
+    while pending:  # look at every value once; a loop, for nesting can be deep
+        field, value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if type(value) is dict:
+            pending += [(f"{field}.{key}".lstrip("."), item) for key, item in value.items()]
+            pending += [(f"{field} (a key)", key) for key in value]
+        elif type(value) in (list, tuple):
+            pending += [(field, item) for item in value]
+        elif type(value) is torch.Tensor:
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                fail(f"{path}: field {field}: not a plain tensor")
+            if value.numel() * value.element_size() > len(data) or not value.is_contiguous():
+                fail(f"{path}: field {field}: claims more numbers than the file holds")
+            if not torch.isfinite(value).all():
+                fail(f"{path}: field {field}: holds numbers that are not finite")
+        elif type(value) not in (str, int, float, bool, type(None)):
+            fail(f"{path}: field {field}: unexpected {type(value).__name__}")
+    return content
+
+
+def check_fields(content, path, **types):
+    """Refuse a dict in which one of the named fields is missing or of another type."""
+    for field, kind in types.items():
+        if type(content.get(field)) is not kind:
+            fail(f"{path}: field {field} is missing, or not of type {kind.__name__}")
+
+
+def fill_module(module, tensors, path, field):
+    """Give a module that was built on the meta device the tensors of a file, whose names, shapes and types have to be
+    exactly the module's. So no memory is taken that the file does not fill."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ tensors.keys(), key=str):
+        fail(f"{path}: field {field}.{name} is {'missing' if name in expected else 'unexpected'}")
+    for name, tensor in expected.items():
+        found = tensors[name]
+        if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {list(tensor.shape)}")
+        if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon") and (found < 0).any():
+            fail(f"{path}: field {field}.{name}: negative")
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def load_policy(policy, path, obs_shape, action_dim):
+    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
+    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
+    if "policy" in policy:
+        fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
+    check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
+    if policy["suite"] != SUITE:
+        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {SUITE}")
+    network = policy["network"]
+    check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
+    hidden = network["actor_hidden"] + network["critic_hidden"]
+    if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
+        fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
+    if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
+        fail(f"{path}: field network: hidden widths have to be positive integers")
+    for field, wanted in (("obs_shape", list(obs_shape)), ("action_dim", action_dim)):
+        if network.get(field) != wanted:
+            fail(f"{path}: field network.{field}: {network.get(field)}, but the environment's is {wanted}")
+    with torch.device("meta"):
+        actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
+    fill_module(actor, policy["actor"], path, "actor")
+    fill_module(critic, policy["critic"], path, "critic")
+    if policy.get("return_rms") is None:
+        return actor, critic, None
+    check_fields(policy, path, return_rms=dict)
+    return actor, critic, fill_module(return_rms, policy["return_rms"], path, "return_rms")
+
+
+def read_training_state(path):
+    """The path of a checkpoint, which may be named by its run folder, and the training state in it."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    state = read_file(path)
+    if "policy" not in state:
+        fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
+    check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
+    if state["script"] != os.path.basename(__file__):
+        fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
+    for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
+        fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
+    check_fields(state["progress"], path, global_step=int, train_seconds=float, wall_seconds=float)
+    check_fields(state["progress"], path, last_returns=list, eval_curve=list)
+    return path, state
+
+
+def check_save_path(args, teacher=None):
+    """Refuse a --save-path that cannot be written, or that would cost the user a file."""
+    path = args.save_path or "runs/run"
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(args.save_path or ""):
+        fail(f"--save-path {path}: {'a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
+    if not os.path.lexists(args.save_path or ""):
+        return
+    if teacher and os.path.exists(path) and os.path.samefile(path, teacher):
+        fail(f"--save-path {path}: the teacher's own file; name another")
+    if not args.overwrite:  # what a resumed run wrote itself it may write again
+        written_by = read_file(path).get("args") if args.resume else None
+        if not written_by or any(written_by.get(k) != v for k, v in vars(args).items() if k not in RUNTIME_FLAGS):
+            fail(f"--save-path {path}: exists; name another, or replace it with --overwrite")
+
+
+def make_run_folder(args):
+    """A new folder runs/{env_id}__{exp_name}__{seed}__{unix time}, with a suffix where that exists."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = "runs/" + "".join("-" if character in "/\\:" else character for character in name)
+    folder, suffix = name, 0
+    while os.path.exists(folder):
+        suffix += 1
+        folder = f"{name}-{suffix}"
+    os.makedirs(folder)
+    return folder
+
+
+def plain(module):
+    """A module's state dict, as tensors of their own on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def versions():
+    """The versions that a result depends on."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+class Signals:
+    """Remembers signals until the loop asks. SIGINT (Ctrl-C) and SIGTERM: save and exit; a second one quits at once.
+    SIGUSR1: save and go on."""
+
+    def __init__(self):
+        self.stop, self.save = None, False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.stop = number
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# --- MATH ---
+
+
+def compute_advantages(rewards, values, next_values, ended, gamma, gae_lambda):
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), all of shape (num_steps, num_envs).
+
+    values: V(s_t). next_values: V(s_t+1) of the true successor, the last observation of an episode that was truncated,
+    and 0 where it terminated. ended: bool, an episode ended with step t, so later steps do not count.
+    A_t = δ_t + γ λ (1 - ended_t) A_t+1 with δ_t = r_t + γ V(s_t+1) - V(s_t)."""
+    deltas = rewards + gamma * next_values - values
+    decay = gamma * gae_lambda * (~ended).to(rewards.dtype)
+    advantages = torch.empty_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def gaussian_logprob(actions, mean, logstd):
+    """log π(a|s), summed over action dimensions: actions, mean (…, action_dim), logstd (action_dim,) to (…)."""
+    return -(0.5 * ((actions - mean) * torch.exp(-logstd)) ** 2 + logstd + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(logstd):
+    """Entropy of the policy in nats, the same in every state: (action_dim,) to ()."""
+    return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def ppo_loss(logratio, advantages, clip_coef, norm_adv):
+    """The clipped surrogate objective (arXiv 1707.06347, eq. 7) as a loss: -mean min(ρ Â, clip(ρ, 1-ε, 1+ε) Â).
+
+    logratio: log ρ = log π_θ(a|s) - log π_θk(a|s), (n,). advantages: (n,), normalized here if norm_adv."""
+    if norm_adv and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    ratio = logratio.exp()
+    return -torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+def gaussian_kl(mean_p, logstd_p, mean_q, logstd_q):
+    """KL(p ‖ q) of diagonal Gaussians in nats, summed over action dimensions: means (n, action_dim), log standard
+    deviations (action_dim,) to (n,)."""
+    squares = torch.exp(2 * logstd_p) + (mean_p - mean_q) ** 2
+    return (logstd_q - logstd_p + 0.5 * squares * torch.exp(-2 * logstd_q) - 0.5).sum(-1)
+
+
+def teacher_kl(teacher_mean, teacher_logstd, student_mean, student_logstd, direction):
+    """"forward": KL(teacher ‖ student), covers all that the teacher does; "reverse": KL(student ‖ teacher), settles on
+    a part of it. Per state, (n,)."""
+    teacher, student = (teacher_mean, teacher_logstd), (student_mean, student_logstd)
+    return gaussian_kl(*teacher, *student) if direction == "forward" else gaussian_kl(*student, *teacher)
+
+
+def distillation_loss(logratio, kl, clip_coef):
+    """PPD's term: mean KL · max(ρ, 1-ε), which pulls towards the teacher with at least 1-ε of its force, however rare
+    the action has become. Gradients flow through both. logratio, kl: (n,)."""
+    return (torch.clamp(logratio.exp(), min=1 - clip_coef) * kl).mean()
+
+
+def value_loss(values, returns):
+    """Mean squared error of the critic, (n,) and (n,) to ()."""
+    return ((values - returns) ** 2).mean()
+
+
+def ratio_metrics(logratio, clip_coef):
+    """For the log: approximate KL(π_θk ‖ π_θ) (Schulman's k3 estimator) and the fraction of clipped ratios."""
+    ratio = logratio.exp()
+    return (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
+
+
+# --- EVALUATION ---
+
+
+@torch.no_grad()
+def evaluate(actor, args, on_step=lambda: None):
+    """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
+
+    Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
+    are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
+    torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+    num_envs = min(args.eval_episodes, 25)
+    quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
+    envs = ThreadedEnvs(args.env_id, num_envs, args.env_threads)
+    obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
+    returns = [[] for _ in range(num_envs)]
+    while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
+        on_step()
+        mean, _ = actor(actor.normalize(torch.from_numpy(obs).to(actor.logstd.device)))
+        obs, _, _, _, _, finished = envs.step(mean.cpu().numpy(), active)
+        for i, episode_return, _ in finished:
+            returns[i].append(episode_return)
+    envs.close()
+    return [episode_return for done in returns for episode_return in done]
+
+
+@torch.no_grad()
+def add_noise(module, std, generator):
+    """Add N(0, std²) to every parameter of a teacher (paper, section 5.3); its observation statistics stay."""
+    for parameter in module.parameters():
+        parameter += std * torch.randn(parameter.shape, generator=generator)
+
+
+def summarize(returns):
+    """Mean, standard deviation, number and list of episodic returns, for result.json."""
+    return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
+
+
+def main(args):
+    # SETUP: whatever can be wrong is found before anything is created
+    resumed = None
+    if args.resume:
+        checkpoint_path, resumed = read_training_state(args.resume)
+        check_fields(resumed, checkpoint_path, teacher=dict, teacher_sha256=str)
+        teacher, teacher_path, teacher_sha256 = resumed["teacher"], checkpoint_path, resumed["teacher_sha256"]
+    elif args.teacher:
+        teacher, teacher_path = read_file(args.teacher), args.teacher
+        with open(args.teacher, "rb") as file:
+            teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
+    else:
+        fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
+    trains = args.total_timesteps > 0 or resumed is not None  # else only the teacher is evaluated
+    if args.env_id is None:
+        check_fields(teacher, teacher_path, env_id=str)
+        args = dataclasses.replace(args, env_id=teacher["env_id"])
+    settings = PAPER_SETTINGS.get(args.env_id.split("-")[0], PAPER_SETTINGS["other"])
+    settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **settings)
+    check_numbers(args)
+    check_save_path(args, args.teacher)
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights and Biases: pip install wandb")
+    probe = make_env(args.env_id)
+    (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
+    probe.close()
+    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, [obs_dim], action_dim)
+    if teacher["env_id"] != args.env_id:
+        print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    update_threads = torch.get_num_threads()
+
+    generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
+    progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
+    if resumed:
+        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, [obs_dim], action_dim)
+        network = resumed["policy"]["network"]
+        progress = resumed["progress"]
+    else:
+        network = dict(teacher["network"])
+        if args.student_size != "same":
+            hidden = HIDDEN[args.student_size]
+            network |= dict(activation="relu", actor_hidden=hidden, critic_hidden=hidden)
+        actor, critic, student_return_rms = Actor(network, generator), Critic(network, generator), RunningMeanStd()
+        for name, statistic in actor.named_buffers():
+            statistic.copy_(teacher_actor.get_buffer(name))  # frozen: teacher and student see the same inputs
+    frozen_rewards = return_rms is not None  # scaled by the teacher's statistics (the paper), or by running ones
+    return_rms = return_rms or student_return_rms or RunningMeanStd()
+    original_teacher_actor = copy.deepcopy(teacher_actor).to(device)
+    noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
+    if args.teacher_noise:
+        add_noise(teacher_actor, args.teacher_noise, noise_generator)
+    teacher_actor, actor, critic = teacher_actor.to(device), actor.to(device), critic.to(device)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    if resumed:
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+            generator.set_state(resumed["generator"])
+        except Exception as error:
+            fail(f"{checkpoint_path}: field optimizer or generator does not fit: {error}")
+    if args.compile:
+        actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
+        critic.compile()
+
+    run_folder = os.path.dirname(checkpoint_path) if resumed else make_run_folder(args)
+    save_path = args.save_path or os.path.join(run_folder, "student.pt")
+    os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
+    table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + table)
+    print(f"run folder: {run_folder} (device: {device})")
+    if settings:
+        print(f"the paper's settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    signals, start_time = Signals(), time.time() - progress["wall_seconds"]
+
+    def make_policy():
+        policy = dict(format=FORMAT, suite=SUITE, env_id=args.env_id, network=network, actor=plain(actor))
+        policy |= dict(critic=plain(critic), return_rms=plain(return_rms), global_step=progress["global_step"])
+        return policy | dict(args=dataclasses.asdict(args), versions=versions())
+
+    def make_training_state():
+        progress["wall_seconds"] = time.time() - start_time
+        state = dict(format=FORMAT, script=os.path.basename(__file__), policy=make_policy(), progress=progress)
+        state |= dict(teacher=teacher, teacher_sha256=teacher_sha256)
+        state |= dict(optimizer=optimizer.state_dict(), generator=generator.get_state(), args=dataclasses.asdict(args))
+        return copy.deepcopy(state)
+
+    def save_training_state():
+        writer.flush()  # the curves on disk reach as far as the state, or further
+        save_atomically(os.path.join(run_folder, "checkpoint.pt"), lambda file: torch.save(state, file))
+
+    def stop_on_signal():
+        if signals.stop:
+            save_training_state()
+            bar.close()
+            writer.close()
+            print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
+            print(f"  python {os.path.basename(__file__)} --resume {run_folder}", file=sys.stderr)
+            raise SystemExit(128 + signals.stop)
+
+    # TRAINING
+    T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
+    obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
+    rewards_b = torch.zeros((T, N))
+    terminated_b, ended_b = (torch.zeros((T, N), dtype=torch.bool) for _ in range(2))
+    global_step = saved_step = progress["global_step"]
+    envs = ThreadedEnvs(args.env_id, N, args.env_threads)
+    raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
+    obs = actor.normalize(raw_obs)
+    running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
+    total = math.ceil(args.total_timesteps / (T * N)) * T * N
+    bar = tqdm(total=total, initial=global_step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
+    try:
+        while global_step < args.total_timesteps:
+            iteration_start = time.time()
+
+            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
+            torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+            noise = torch.randn((T, N, A), generator=generator).to(device)
+            final_obs = {}  # (step, environment): last observation of an episode that was truncated there
+            for step in range(T):
+                stop_on_signal()
+                with torch.no_grad():
+                    mean, logstd = actor(obs)
+                    action = mean + logstd.exp() * noise[step]
+                obs_b[step], actions_b[step], means_b[step] = obs, action, mean
+                raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(action.cpu().numpy())
+                global_step += N
+                raw_obs, reward = torch.from_numpy(raw_obs).to(device), torch.from_numpy(reward)
+                obs = actor.normalize(raw_obs)
+                for i in np.flatnonzero(truncated & ~terminated):
+                    final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
+                terminated_b[step] = torch.from_numpy(terminated)
+                ended_b[step] = torch.from_numpy(terminated | truncated)
+                if not frozen_rewards:
+                    running_return = running_return * 0.99 + reward  # 0.99 whatever gamma is, as in stable-baselines3
+                    return_rms.update(running_return)
+                    running_return[ended_b[step]] = 0
+                rewards_b[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                for _, episode_return, episode_length in finished:
+                    writer.add_scalar("charts/episodic_return", episode_return, global_step)
+                    writer.add_scalar("charts/episodic_length", episode_length, global_step)
+                    progress["last_returns"] = progress["last_returns"][-99:] + [episode_return]
+
+            # ADVANTAGE
+            torch.set_num_threads(update_threads)
+            with torch.no_grad():
+                logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
+                values = critic(obs_b.flatten(0, 1)).view(T, N)
+                next_values = torch.cat([values[1:], critic(obs)[None]])
+                next_values[terminated_b.to(device)] = 0
+                if final_obs:
+                    next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
+                rewards, ended = rewards_b.to(device), ended_b.to(device)
+                advantages = compute_advantages(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+                returns = advantages + values
+                teacher_means, teacher_logstd = teacher_actor(obs_b.flatten(0, 1))
+                student_policy = means_b.flatten(0, 1), actor.logstd
+                distill_kl = teacher_kl(teacher_means, teacher_logstd, *student_policy, args.kl).mean()
+            fraction = min(global_step / args.total_timesteps, 1)
+            lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end
+            distill_lambda = args.distill_lambda + fraction * (lambda_end - args.distill_lambda)
+
+            # UPDATE
+            b_obs, b_actions, b_logprobs = obs_b.flatten(0, 1), actions_b.flatten(0, 1), logprobs.flatten()
+            b_advantages, b_returns = advantages.flatten(), returns.flatten()
+            metrics = []
+            for _ in range(args.update_epochs):
+                for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
+                    stop_on_signal()
+                    mean, logstd = actor(b_obs[mb])
+                    logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
+                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
+                    entropy = gaussian_entropy(logstd)
+                    v_loss = value_loss(critic(b_obs[mb]), b_returns[mb])
+                    actor_loss = pg_loss - args.ent_coef * entropy
+                    if distill_lambda:
+                        kl = teacher_kl(teacher_means[mb], teacher_logstd, mean, logstd, args.kl)
+                        actor_loss = actor_loss + distill_lambda * distillation_loss(logratio, kl, args.clip_coef)
+                    optimizer.zero_grad()
+                    actor_loss.backward()  # one network after the other: less memory
+                    (args.vf_coef * v_loss).backward()
+                    if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
+                        raise FloatingPointError("loss or gradient")
+                    optimizer.step()
+                    losses = pg_loss.detach(), v_loss.detach(), entropy.detach()
+                    metrics.append(torch.stack([*losses, *ratio_metrics(logratio.detach(), args.clip_coef)]))
+            progress["global_step"] = global_step
+            progress["train_seconds"] += time.time() - iteration_start
+
+            # LOG
+            names = ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
+            logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
+            logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
+            logged |= {"losses/distill_kl": distill_kl.item(), "charts/distill_lambda": distill_lambda}
+            logged["charts/learning_rate"] = args.learning_rate
+            logged["charts/SPS"] = int(global_step / progress["train_seconds"])
+            for name, value in logged.items():
+                writer.add_scalar(name, value, global_step)
+            bar.update(T * N)
+            mean_return = np.mean(progress["last_returns"] or [math.nan])
+            bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
+            if args.eval_interval and global_step % args.eval_interval < T * N:
+                evaluated = summarize(evaluate(actor, args, stop_on_signal))
+                progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
+                writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
+
+            # SAVE
+            state = make_training_state()
+            if global_step >= min(saved_step + args.checkpoint_interval, args.total_timesteps) or signals.save:
+                save_training_state()
+                saved_step, signals.save = global_step, False
+
+        # RESULT
+        bar.close()
+        policy = make_policy()
+        if trains:
+            save_atomically(save_path, lambda file: torch.save(policy, file))
+        result = dict(script=os.path.basename(__file__), suite=SUITE, env_id=args.env_id, seed=args.seed)
+        actors = dict(teacher=teacher_actor)
+        if args.teacher_noise:
+            actors["original_teacher"] = original_teacher_actor
+        if trains:
+            actors["student"] = actor
+        if args.eval_episodes:
+            print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
+            result |= {name: summarize(evaluate(actor, args, stop_on_signal)) for name, actor in actors.items()}
+        if args.eval_episodes and trains:
+            policy["score"] = result["student"]
+            save_atomically(save_path, lambda file: torch.save(policy, file))
+    except FloatingPointError as error:
+        bar.close()
+        print(f"{os.path.basename(__file__)}: error: non-finite {error} at step {global_step}", file=sys.stderr)
+        raise SystemExit(1) from None
+    envs.close()
+    for ratio, name in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
+        if name in result and "student" in result:
+            positive = result[name]["mean"] > 0
+            result[ratio] = result["student"]["mean"] / result[name]["mean"] if positive else None
+            if not positive:
+                result["ratio_reason"] = f"the score of the {name.replace('_', ' ')} is not positive"
+    result |= dict(student_size=args.student_size, global_step=global_step)
+    result |= dict(sps=round(global_step / max(progress["train_seconds"], 1e-9)), teacher_sha256=teacher_sha256)
+    result |= dict(wall_seconds=time.time() - start_time, eval_curve=progress["eval_curve"])
+    result |= dict(args=dataclasses.asdict(args), versions=versions())
+    report = json.dumps(result, indent=2).encode()
+    save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
+    writer.close()
+    for name in actors if args.eval_episodes else []:
+        print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **result[name]))
+    for ratio, name in (("ratio", "teacher"), ("ratio_original", "original teacher")):
+        if ratio in result:
+            shown = f"{result[ratio]:.3f}" if result[ratio] is not None else f"none, {result['ratio_reason']}"
+            print(f"student / {name}: {shown}")
+    if trains:
+        print(f"saved {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
