@@ -17,6 +17,7 @@ silent, of its library (sb3_distill); where these differ, in λ and in separate 
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -128,6 +129,7 @@ class Args:
     """environment steps between saves of the training state"""
 
 
+SCRIPT = os.path.basename(__file__)
 SUITE = "continuous"  # the suite of a policy file
 PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
     "Hopper": dict(gamma=0.995),
@@ -141,7 +143,7 @@ RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what
 
 def fail(message):
     """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
-    print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -152,6 +154,8 @@ def parse_args(argv=None):
         return args
     saved = Args(**read_training_state(args.resume)[1]["args"])
     saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
+    if ":" in saved.env_id and args.env_id != saved.env_id:  # gymnasium imports what stands before the colon
+        fail(f"{args.resume}: field args.env_id names a module to import; allow that with --env-id {saved.env_id}")
     args = tyro.cli(Args, args=argv, default=saved)
     for name, value in vars(saved).items():
         if name not in RUNTIME_FLAGS and getattr(args, name) != value:
@@ -465,7 +469,7 @@ def read_training_state(path):
     if "policy" not in state:
         fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
     check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
-    if state["script"] != os.path.basename(__file__):
+    if state["script"] != SCRIPT:
         fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
     for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
         fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
@@ -509,6 +513,7 @@ def plain(module):
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
+@functools.cache
 def versions():
     """The versions that a result depends on."""
     packages = ("torch", "numpy", "gymnasium", "mujoco")
@@ -630,14 +635,27 @@ def evaluate(actor, args, on_step=lambda: None):
 
 @torch.no_grad()
 def add_noise(module, std, generator):
-    """Add N(0, std²) to every parameter of a teacher (paper, section 5.3); its observation statistics stay."""
+    """A copy of a teacher, with N(0, std²) added to every parameter but not to its statistics (paper, Table 2)."""
+    module = copy.deepcopy(module).cpu()
     for parameter in module.parameters():
         parameter += std * torch.randn(parameter.shape, generator=generator)
+    return module
 
 
 def summarize(returns):
     """Mean, standard deviation, number and list of episodic returns, for result.json."""
     return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
+
+
+def compute_ratios(scores):
+    """Student mean / teacher mean, for result.json; None, with a reason, where the teacher's is not positive."""
+    ratios = {}
+    for ratio, teacher in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
+        if "student" in scores and teacher in scores:
+            positive = scores[teacher]["mean"] > 0
+            ratios[ratio] = scores["student"]["mean"] / scores[teacher]["mean"] if positive else None
+            ratios |= {} if positive else {f"{ratio}_reason": "the teacher's score is not positive"}
+    return ratios
 
 
 def main(args):
@@ -656,6 +674,8 @@ def main(args):
     trains = args.total_timesteps > 0 or resumed is not None  # else only the teacher is evaluated
     if args.env_id is None:
         check_fields(teacher, teacher_path, env_id=str)
+        if ":" in teacher["env_id"]:  # gymnasium imports what stands before the colon
+            fail(f"{teacher_path}: field env_id names a module to import; allow that with --env-id {teacher['env_id']}")
         args = dataclasses.replace(args, env_id=teacher["env_id"])
     settings = PAPER_SETTINGS.get(args.env_id.split("-")[0], PAPER_SETTINGS["other"])
     settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
@@ -692,10 +712,10 @@ def main(args):
             statistic.copy_(teacher_actor.get_buffer(name))  # frozen: teacher and student see the same inputs
     frozen_rewards = return_rms is not None  # scaled by the teacher's statistics (the paper), or by running ones
     return_rms = return_rms or student_return_rms or RunningMeanStd()
-    original_teacher_actor = copy.deepcopy(teacher_actor).to(device)
-    noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
+    original_teacher_actor = teacher_actor.to(device)
     if args.teacher_noise:
-        add_noise(teacher_actor, args.teacher_noise, noise_generator)
+        noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
+        teacher_actor = add_noise(teacher_actor, args.teacher_noise, noise_generator)
     teacher_actor, actor, critic = teacher_actor.to(device), actor.to(device), critic.to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
@@ -709,7 +729,7 @@ def main(args):
         actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
         critic.compile()
 
-    run_folder = os.path.dirname(checkpoint_path) if resumed else make_run_folder(args)
+    run_folder = (os.path.dirname(checkpoint_path) or ".") if resumed else make_run_folder(args)
     save_path = args.save_path or os.path.join(run_folder, "student.pt")
     os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
     if args.track:
@@ -731,10 +751,10 @@ def main(args):
 
     def make_training_state():
         progress["wall_seconds"] = time.time() - start_time
-        state = dict(format=FORMAT, script=os.path.basename(__file__), policy=make_policy(), progress=progress)
-        state |= dict(teacher=teacher, teacher_sha256=teacher_sha256)
-        state |= dict(optimizer=optimizer.state_dict(), generator=generator.get_state(), args=dataclasses.asdict(args))
-        return copy.deepcopy(state)
+        state = dict(format=FORMAT, script=SCRIPT, args=dataclasses.asdict(args))
+        state |= dict(policy=make_policy(), generator=generator.get_state(), teacher=teacher)
+        state |= copy.deepcopy(dict(optimizer=optimizer.state_dict(), progress=progress))
+        return state | dict(teacher_sha256=teacher_sha256)
 
     def save_training_state():
         writer.flush()  # the curves on disk reach as far as the state, or further
@@ -746,7 +766,7 @@ def main(args):
             bar.close()
             writer.close()
             print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
-            print(f"  python {os.path.basename(__file__)} --resume {run_folder}", file=sys.stderr)
+            print(f"  python {SCRIPT} --resume {run_folder}", file=sys.stderr)
             raise SystemExit(128 + signals.stop)
 
     # TRAINING
@@ -760,7 +780,8 @@ def main(args):
     obs = actor.normalize(raw_obs)
     running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
     total = math.ceil(args.total_timesteps / (T * N)) * T * N
-    bar = tqdm(total=total, initial=global_step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= args.total_timesteps)
+    bar = tqdm(total=total, initial=global_step, unit="step", **pace)
     state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
     try:
         while global_step < args.total_timesteps:
@@ -865,45 +886,37 @@ def main(args):
 
         # RESULT
         bar.close()
-        policy = make_policy()
-        if trains:
-            save_atomically(save_path, lambda file: torch.save(policy, file))
-        result = dict(script=os.path.basename(__file__), suite=SUITE, env_id=args.env_id, seed=args.seed)
+        policy, scores = make_policy(), {}
         actors = dict(teacher=teacher_actor)
         if args.teacher_noise:
             actors["original_teacher"] = original_teacher_actor
         if trains:
             actors["student"] = actor
+            save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
-            result |= {name: summarize(evaluate(actor, args, stop_on_signal)) for name, actor in actors.items()}
-        if args.eval_episodes and trains:
-            policy["score"] = result["student"]
+            scores = {name: summarize(evaluate(actor, args, stop_on_signal)) for name, actor in actors.items()}
+        if "student" in scores:
+            policy["score"] = scores["student"]
             save_atomically(save_path, lambda file: torch.save(policy, file))
     except FloatingPointError as error:
         bar.close()
-        print(f"{os.path.basename(__file__)}: error: non-finite {error} at step {global_step}", file=sys.stderr)
+        print(f"{SCRIPT}: error: non-finite {error} at step {global_step}", file=sys.stderr)
         raise SystemExit(1) from None
     envs.close()
-    for ratio, name in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
-        if name in result and "student" in result:
-            positive = result[name]["mean"] > 0
-            result[ratio] = result["student"]["mean"] / result[name]["mean"] if positive else None
-            if not positive:
-                result["ratio_reason"] = f"the score of the {name.replace('_', ' ')} is not positive"
-    result |= dict(student_size=args.student_size, global_step=global_step)
-    result |= dict(sps=round(global_step / max(progress["train_seconds"], 1e-9)), teacher_sha256=teacher_sha256)
-    result |= dict(wall_seconds=time.time() - start_time, eval_curve=progress["eval_curve"])
+    result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
+    result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
+    result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_ratios(scores))
+    result |= dict(teacher_sha256=teacher_sha256, eval_curve=progress["eval_curve"])
     result |= dict(args=dataclasses.asdict(args), versions=versions())
     report = json.dumps(result, indent=2).encode()
     save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
     writer.close()
-    for name in actors if args.eval_episodes else []:
-        print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **result[name]))
-    for ratio, name in (("ratio", "teacher"), ("ratio_original", "original teacher")):
-        if ratio in result:
-            shown = f"{result[ratio]:.3f}" if result[ratio] is not None else f"none, {result['ratio_reason']}"
-            print(f"student / {name}: {shown}")
+    for name, score in scores.items():
+        print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **score))
+    for name, ratio in compute_ratios(scores).items():
+        label = name.replace("ratio_original", "student / original teacher").replace("ratio", "student / teacher")
+        print(f"{label}: {ratio:.3f}" if isinstance(ratio, float) else f"{label}: {ratio}")
     if trains:
         print(f"saved {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
 

@@ -14,6 +14,7 @@ and noise and shuffles come from one generator, whose state is saved.
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -111,6 +112,7 @@ class Args:
     """environment steps between saves of the training state"""
 
 
+SCRIPT = os.path.basename(__file__)
 SUITE = "continuous"  # the suite of a policy file; Atari and Procgen join here
 PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
     "Hopper": dict(num_steps=256, ent_coef=0.01),
@@ -124,7 +126,7 @@ RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what
 
 def fail(message):
     """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
-    print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -135,6 +137,8 @@ def parse_args(argv=None):
         return args
     saved = Args(**read_training_state(args.resume)[1]["args"])
     saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
+    if ":" in saved.env_id and args.env_id != saved.env_id:  # gymnasium imports what stands before the colon
+        fail(f"{args.resume}: field args.env_id names a module to import; allow that with --env-id {saved.env_id}")
     args = tyro.cli(Args, args=argv, default=saved)
     for name, value in vars(saved).items():
         if name not in RUNTIME_FLAGS and getattr(args, name) != value:
@@ -448,7 +452,7 @@ def read_training_state(path):
     if "policy" not in state:
         fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
     check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
-    if state["script"] != os.path.basename(__file__):
+    if state["script"] != SCRIPT:
         fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
     for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
         fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
@@ -492,6 +496,7 @@ def plain(module):
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
+@functools.cache
 def versions():
     """The versions that a result depends on."""
     packages = ("torch", "numpy", "gymnasium", "mujoco")
@@ -642,7 +647,7 @@ def main(args):
         actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
         critic.compile()
 
-    run_folder = os.path.dirname(checkpoint_path) if resumed else make_run_folder(args)
+    run_folder = (os.path.dirname(checkpoint_path) or ".") if resumed else make_run_folder(args)
     save_path = args.save_path or os.path.join(run_folder, "teacher.pt")
     os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
     if args.track:
@@ -664,9 +669,9 @@ def main(args):
 
     def make_training_state():
         progress["wall_seconds"] = time.time() - start_time
-        state = dict(format=FORMAT, script=os.path.basename(__file__), policy=make_policy(), progress=progress)
-        state |= dict(optimizer=optimizer.state_dict(), generator=generator.get_state(), args=dataclasses.asdict(args))
-        return copy.deepcopy(state)
+        state = dict(format=FORMAT, script=SCRIPT, args=dataclasses.asdict(args))
+        state |= dict(policy=make_policy(), generator=generator.get_state())
+        return state | copy.deepcopy(dict(optimizer=optimizer.state_dict(), progress=progress))
 
     def save_training_state():
         writer.flush()  # the curves on disk reach as far as the state, or further
@@ -678,7 +683,7 @@ def main(args):
             bar.close()
             writer.close()
             print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
-            print(f"  python {os.path.basename(__file__)} --resume {run_folder}", file=sys.stderr)
+            print(f"  python {SCRIPT} --resume {run_folder}", file=sys.stderr)
             raise SystemExit(128 + signals.stop)
 
     # TRAINING
@@ -693,7 +698,8 @@ def main(args):
     obs = actor.normalize(raw_obs)
     running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
     total = math.ceil(args.total_timesteps / (T * N)) * T * N
-    bar = tqdm(total=total, initial=global_step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= args.total_timesteps)
+    bar = tqdm(total=total, initial=global_step, unit="step", **pace)
     state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
     try:
         while global_step < args.total_timesteps:
@@ -786,27 +792,26 @@ def main(args):
 
         # RESULT
         bar.close()
-        policy = make_policy()
+        policy, scores = make_policy(), {}
         save_atomically(save_path, lambda file: torch.save(policy, file))
-        result = dict(script=os.path.basename(__file__), suite=SUITE, env_id=args.env_id, seed=args.seed)
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes")
-            result["teacher"] = policy["score"] = summarize(evaluate(actor, args, stop_on_signal))
+            scores["teacher"] = policy["score"] = summarize(evaluate(actor, args, stop_on_signal))
             save_atomically(save_path, lambda file: torch.save(policy, file))
     except FloatingPointError as error:
         bar.close()
-        print(f"{os.path.basename(__file__)}: error: non-finite {error} at step {global_step}", file=sys.stderr)
+        print(f"{SCRIPT}: error: non-finite {error} at step {global_step}", file=sys.stderr)
         raise SystemExit(1) from None
     envs.close()
-    result |= dict(size=args.size, global_step=global_step)
-    result |= dict(sps=round(global_step / max(progress["train_seconds"], 1e-9)))
-    result |= dict(wall_seconds=time.time() - start_time, eval_curve=progress["eval_curve"])
+    result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, size=args.size)
+    result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
+    result |= dict(wall_seconds=time.time() - start_time, **scores, eval_curve=progress["eval_curve"])
     result |= dict(args=dataclasses.asdict(args), versions=versions())
     report = json.dumps(result, indent=2).encode()
     save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
     writer.close()
     if args.eval_episodes:
-        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**result["teacher"]))
+        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**scores["teacher"]))
     print(f"saved {save_path}; distill it:")
     print(f"  python ppd_continuous.py --env-id {args.env_id} --teacher {save_path}")
 

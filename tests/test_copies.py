@@ -1,0 +1,36 @@
+"""The scripts share no code, so that each reads alone: what has the same name in two of them has the same text."""
+
+import ast
+import itertools
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = ["train_teacher", "ppd_atari", "ppd_continuous", "ppd_procgen", "student_distill", "teacher_distill"]
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
+MAY_DIFFER = {
+    "Args": "each script has the flags that do something in it",
+    "main": "the loop is what a script is for",
+}
+
+
+def definitions(path):
+    source = path.read_text()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+@pytest.mark.parametrize("pair", itertools.combinations(SCRIPTS, 2), ids=lambda pair: "-".join(p.stem for p in pair))
+def test_same_name_same_text(pair):
+    first, second = (definitions(path) for path in pair)
+    shared = (first.keys() & second.keys()) - MAY_DIFFER.keys()
+    assert len(shared) > 10
+    assert {name for name in shared if first[name] != second[name]} == set()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_script_imports_another(path):
+    tree = ast.walk(ast.parse(path.read_text()))
+    imported = [a.name for node in tree if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names]
+    assert not {name.split(".")[0] for name in imported} & {p.stem for p in SCRIPTS}
