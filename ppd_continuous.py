@@ -10,8 +10,8 @@ The student learns by PPO on its own rollouts, with a term that draws it to the 
 
 Its critic is learned from scratch. The teacher's observation statistics are frozen into the student, so that both see
 the same inputs; the teacher runs once per rollout, without gradients. Ctrl-C saves the training state, `--resume
-runs/...` goes on from there, `--total-timesteps 0` only evaluates. The numbers are those of the paper and, where it is
-silent, of its library (sb3_distill); where these differ, in λ and in separate networks, the paper's.
+runs/...` goes on from there, `--total-timesteps 0` only evaluates. Settings are the paper's, also where the example of
+its library, sb3_distill, has others (λ, networks, rollout, γ, entropy); where the paper is silent, the library's.
 """
 
 import copy
@@ -20,8 +20,8 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -79,7 +79,7 @@ class Args:
     distill_lambda: float = 1.0
     """weight λ of the KL to the teacher; 0 is plain PPO, the paper's baseline"""
     distill_lambda_end: float | None = None
-    """anneal λ linearly to this value over the run (default: constant)"""
+    """anneal λ linearly to this value over total_timesteps (default: constant)"""
     kl: Literal["forward", "reverse"] = "forward"
     """forward: KL(teacher ‖ student), the paper's; reverse: KL(student ‖ teacher)"""
     teacher_noise: float = 0.0
@@ -202,7 +202,7 @@ def make_env(env_id):
             warnings.simplefilter("ignore")  # gymnasium calls every MuJoCo -v4 outdated: they are the paper's ids
             env = gym.make(env_id, disable_env_checker=True)  # the checker costs time at every step
     except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=3, cutoff=0.5)
         hint = f"; nearest known ids: {', '.join(near)}" if near else ""
         reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
         fail(f"--env-id {env_id}: {reason}; this script takes gymnasium's continuous control{hint}")
@@ -224,7 +224,7 @@ class ThreadedEnvs:
         self.obs, self.last_obs = np.zeros(shape), np.zeros(shape)
         self.rewards, self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, int)
         self.terminated, self.truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
-        threads = min(threads or len(os.sched_getaffinity(0)), num_envs)
+        threads = min(threads or os.cpu_count(), num_envs)
         self.shares = [range(first, num_envs, threads) for first in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
 
@@ -242,7 +242,8 @@ class ThreadedEnvs:
         too, but its control cost would not. Returns obs (num_envs, obs_dim) float64, the next observations, those of a
         new episode where one has ended; rewards (num_envs,) float64; terminated and truncated (num_envs,) bool, which
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
-        (environment, return, length) of the episodes that ended. FloatingPointError at a non-finite number."""
+        (environment, return, length) of the episodes that ended. FloatingPointError if rewards or last_obs are not
+        finite."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         jobs = [self.pool.submit(self._step_share, share, actions, active) for share in self.shares]
         for job in jobs:
@@ -324,7 +325,7 @@ class Actor(nn.Module):
         self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations as the networks see them, by the statistics as they stand: (n, obs_dim) float64 to float32.
+        """Observations as the networks see them, by the statistics as they stand: (…, obs_dim) float64 to float32.
         Called where observations are collected and not in `forward`: else statistics that move on between collection
         and update would change the importance ratio."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
@@ -356,7 +357,7 @@ def save_atomically(path, write):
     """Let `write(file)` fill a new file and put that at `path`: at any moment, even in a crash, `path` is the whole old
     file or the whole new one."""
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.tmp")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -478,21 +479,19 @@ def read_training_state(path):
     return path, state
 
 
-def check_save_path(args, teacher=None):
-    """Refuse a --save-path that cannot be written, or that would cost the user a file."""
-    path = args.save_path or "runs/run"
+def check_save_path(args, path, teacher=None):
+    """Refuse a path for the policy that cannot be written, or where that would cost the user a file."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(args.save_path or ""):
-        fail(f"--save-path {path}: {'a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if not os.path.lexists(args.save_path or ""):
-        return
-    if teacher and os.path.exists(path) and os.path.samefile(path, teacher):
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
+        fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
+    if os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
         fail(f"--save-path {path}: the teacher's own file; name another")
-    if not args.overwrite:  # what a resumed run wrote itself it may write again
-        written_by = read_file(path).get("args") if args.resume else None
-        if not written_by or any(written_by.get(k) != v for k, v in vars(args).items() if k not in RUNTIME_FLAGS):
+    if args.save_path and os.path.lexists(path) and not args.overwrite:
+        policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
+        written_by = policy["args"] if type(policy.get("args")) is dict else {}
+        if any(written_by.get(name) != value for name, value in vars(args).items() if name not in RUNTIME_FLAGS):
             fail(f"--save-path {path}: exists; name another, or replace it with --overwrite")
 
 
@@ -500,17 +499,18 @@ def make_run_folder(args):
     """A new folder runs/{env_id}__{exp_name}__{seed}__{unix time}, with a suffix where that exists."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     name = "runs/" + "".join("-" if character in "/\\:" else character for character in name)
-    folder, suffix = name, 0
-    while os.path.exists(folder):
-        suffix += 1
-        folder = f"{name}-{suffix}"
-    os.makedirs(folder)
-    return folder
+    for suffix in itertools.count():
+        try:
+            folder = f"{name}-{suffix}" if suffix else name
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            pass
 
 
 def plain(module):
     """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 @functools.cache
@@ -597,11 +597,6 @@ def distillation_loss(logratio, kl, clip_coef):
     return (torch.clamp(logratio.exp(), min=1 - clip_coef) * kl).mean()
 
 
-def value_loss(values, returns):
-    """Mean squared error of the critic, (n,) and (n,) to ()."""
-    return ((values - returns) ** 2).mean()
-
-
 def ratio_metrics(logratio, clip_coef):
     """For the log: approximate KL(π_θk ‖ π_θ) (Schulman's k3 estimator) and the fraction of clipped ratios."""
     ratio = logratio.exp()
@@ -617,6 +612,7 @@ def evaluate(actor, args, on_step=lambda: None):
 
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
+    torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
@@ -630,13 +626,14 @@ def evaluate(actor, args, on_step=lambda: None):
         for i, episode_return, _ in finished:
             returns[i].append(episode_return)
     envs.close()
+    torch.set_num_threads(torch_threads)
     return [episode_return for done in returns for episode_return in done]
 
 
 @torch.no_grad()
 def add_noise(module, std, generator):
     """A copy of a teacher, with N(0, std²) added to every parameter but not to its statistics (paper, Table 2)."""
-    module = copy.deepcopy(module).cpu()
+    module = copy.deepcopy(module)
     for parameter in module.parameters():
         parameter += std * torch.randn(parameter.shape, generator=generator)
     return module
@@ -660,9 +657,11 @@ def compute_ratios(scores):
 
 def main(args):
     # SETUP: whatever can be wrong is found before anything is created
-    resumed = None
+    resumed, run_folder, last_step = None, None, args.total_timesteps
     if args.resume:
         checkpoint_path, resumed = read_training_state(args.resume)
+        run_folder = os.path.dirname(checkpoint_path) or "."
+        args = dataclasses.replace(args, total_timesteps=last_step or resumed["args"]["total_timesteps"])
         check_fields(resumed, checkpoint_path, teacher=dict, teacher_sha256=str)
         teacher, teacher_path, teacher_sha256 = resumed["teacher"], checkpoint_path, resumed["teacher_sha256"]
     elif args.teacher:
@@ -671,7 +670,9 @@ def main(args):
             teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
     else:
         fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
-    trains = args.total_timesteps > 0 or resumed is not None  # else only the teacher is evaluated
+    has_student = last_step > 0 or resumed is not None  # else only the teacher is evaluated
+    save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
+    check_save_path(args, save_path, args.teacher)
     if args.env_id is None:
         check_fields(teacher, teacher_path, env_id=str)
         if ":" in teacher["env_id"]:  # gymnasium imports what stands before the colon
@@ -681,9 +682,11 @@ def main(args):
     settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **settings)
     check_numbers(args)
-    check_save_path(args, args.teacher)
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs Weights and Biases: pip install wandb")
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
     probe = make_env(args.env_id)
     (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
     probe.close()
@@ -712,11 +715,12 @@ def main(args):
             statistic.copy_(teacher_actor.get_buffer(name))  # frozen: teacher and student see the same inputs
     frozen_rewards = return_rms is not None  # scaled by the teacher's statistics (the paper), or by running ones
     return_rms = return_rms or student_return_rms or RunningMeanStd()
-    original_teacher_actor = teacher_actor.to(device)
+    original_teacher_actor = teacher_actor
     if args.teacher_noise:
         noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
         teacher_actor = add_noise(teacher_actor, args.teacher_noise, noise_generator)
-    teacher_actor, actor, critic = teacher_actor.to(device), actor.to(device), critic.to(device)
+    for module in (original_teacher_actor, teacher_actor, actor, critic):
+        module.to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     if resumed:
@@ -729,19 +733,17 @@ def main(args):
         actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
         critic.compile()
 
-    run_folder = (os.path.dirname(checkpoint_path) or ".") if resumed else make_run_folder(args)
+    run_folder = run_folder or make_run_folder(args)
     save_path = args.save_path or os.path.join(run_folder, "student.pt")
     os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
     if args.track:
-        import wandb
-
         wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
     table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + table)
     print(f"run folder: {run_folder} (device: {device})")
     if settings:
-        print(f"the paper's settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+        print(f"settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     signals, start_time = Signals(), time.time() - progress["wall_seconds"]
 
     def make_policy():
@@ -762,7 +764,8 @@ def main(args):
 
     def stop_on_signal():
         if signals.stop:
-            save_training_state()
+            if state["progress"]["global_step"] > saved_step or not resumed:  # else it is what the file holds
+                save_training_state()
             bar.close()
             writer.close()
             print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
@@ -773,18 +776,17 @@ def main(args):
     T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
     obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
     rewards_b = torch.zeros((T, N))
-    terminated_b, ended_b = (torch.zeros((T, N), dtype=torch.bool) for _ in range(2))
-    global_step = saved_step = progress["global_step"]
+    ended_b = torch.zeros((T, N), dtype=torch.bool)
+    start_step = saved_step = global_step = progress["global_step"]
+    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
     envs = ThreadedEnvs(args.env_id, N, args.env_threads)
     raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
     obs = actor.normalize(raw_obs)
     running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
-    total = math.ceil(args.total_timesteps / (T * N)) * T * N
-    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= args.total_timesteps)
-    bar = tqdm(total=total, initial=global_step, unit="step", **pace)
-    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
+    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
+    bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
     try:
-        while global_step < args.total_timesteps:
+        while global_step < last_step:
             iteration_start = time.time()
 
             # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
@@ -803,7 +805,6 @@ def main(args):
                 obs = actor.normalize(raw_obs)
                 for i in np.flatnonzero(truncated & ~terminated):
                     final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
-                terminated_b[step] = torch.from_numpy(terminated)
                 ended_b[step] = torch.from_numpy(terminated | truncated)
                 if not frozen_rewards:
                     running_return = running_return * 0.99 + reward  # 0.99 whatever gamma is, as in stable-baselines3
@@ -821,10 +822,10 @@ def main(args):
                 logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
                 values = critic(obs_b.flatten(0, 1)).view(T, N)
                 next_values = torch.cat([values[1:], critic(obs)[None]])
-                next_values[terminated_b.to(device)] = 0
-                if final_obs:
-                    next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
                 rewards, ended = rewards_b.to(device), ended_b.to(device)
+                next_values[ended] = 0
+                if final_obs:  # truncated: what would have followed still counts
+                    next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
                 advantages = compute_advantages(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
                 returns = advantages + values
                 teacher_means, teacher_logstd = teacher_actor(obs_b.flatten(0, 1))
@@ -845,13 +846,13 @@ def main(args):
                     logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
                     entropy = gaussian_entropy(logstd)
-                    v_loss = value_loss(critic(b_obs[mb]), b_returns[mb])
                     actor_loss = pg_loss - args.ent_coef * entropy
                     if distill_lambda:
                         kl = teacher_kl(teacher_means[mb], teacher_logstd, mean, logstd, args.kl)
                         actor_loss = actor_loss + distill_lambda * distillation_loss(logratio, kl, args.clip_coef)
                     optimizer.zero_grad()
                     actor_loss.backward()  # one network after the other: less memory
+                    v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
                     (args.vf_coef * v_loss).backward()
                     if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
                         raise FloatingPointError("loss or gradient")
@@ -866,58 +867,60 @@ def main(args):
             logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
             logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
             logged |= {"losses/distill_kl": distill_kl.item(), "charts/distill_lambda": distill_lambda}
-            logged["charts/learning_rate"] = args.learning_rate
             logged["charts/SPS"] = int(global_step / progress["train_seconds"])
             for name, value in logged.items():
                 writer.add_scalar(name, value, global_step)
             bar.update(T * N)
             mean_return = np.mean(progress["last_returns"] or [math.nan])
             bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
+            state = make_training_state()
             if args.eval_interval and global_step % args.eval_interval < T * N:
                 evaluated = summarize(evaluate(actor, args, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
+                state = make_training_state()
 
             # SAVE
-            state = make_training_state()
-            if global_step >= min(saved_step + args.checkpoint_interval, args.total_timesteps) or signals.save:
+            if global_step >= min(saved_step + args.checkpoint_interval, last_step) or signals.save:
+                signals.save = False
                 save_training_state()
-                saved_step, signals.save = global_step, False
+                saved_step = global_step
 
         # RESULT
-        bar.close()
-        policy, scores = make_policy(), {}
+        policy, scores, trained = make_policy(), {}, global_step > start_step or not resumed
         actors = dict(teacher=teacher_actor)
         if args.teacher_noise:
             actors["original_teacher"] = original_teacher_actor
-        if trains:
+        if has_student:
             actors["student"] = actor
+        if has_student and (trained or not os.path.exists(save_path)):
             save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
-            scores = {name: summarize(evaluate(actor, args, stop_on_signal)) for name, actor in actors.items()}
+            scores = {name: summarize(evaluate(each, args, stop_on_signal)) for name, each in actors.items()}
         if "student" in scores:
             policy["score"] = scores["student"]
             save_atomically(save_path, lambda file: torch.save(policy, file))
     except FloatingPointError as error:
+        raise SystemExit(f"{SCRIPT}: error: non-finite {error} at step {global_step}") from None
+    finally:
         bar.close()
-        print(f"{SCRIPT}: error: non-finite {error} at step {global_step}", file=sys.stderr)
-        raise SystemExit(1) from None
-    envs.close()
+        envs.close()
     result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
     result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
     result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_ratios(scores))
     result |= dict(teacher_sha256=teacher_sha256, eval_curve=progress["eval_curve"])
     result |= dict(args=dataclasses.asdict(args), versions=versions())
     report = json.dumps(result, indent=2).encode()
-    save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
+    if trained or scores:
+        save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
     writer.close()
     for name, score in scores.items():
         print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **score))
     for name, ratio in compute_ratios(scores).items():
         label = name.replace("ratio_original", "student / original teacher").replace("ratio", "student / teacher")
         print(f"{label}: {ratio:.3f}" if isinstance(ratio, float) else f"{label}: {ratio}")
-    if trains:
+    if has_student:
         print(f"saved {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
 
 
