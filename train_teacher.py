@@ -184,7 +184,7 @@ def make_env(env_id):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium calls every MuJoCo -v4 outdated: they are the paper's ids
             env = gym.make(env_id, disable_env_checker=True)  # the checker costs time at every step
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         near = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=3, cutoff=0.5)
         hint = f"; nearest known ids: {', '.join(near)}" if near else ""
         reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
@@ -216,6 +216,8 @@ class ThreadedEnvs:
         for i, env in enumerate(self.envs):
             self.obs[i], _ = env.reset(seed=seeds[i])
         self.returns[:], self.lengths[:] = 0, 0
+        if not np.isfinite(self.obs).all():
+            raise FloatingPointError("observation")
         return self.obs.copy()
 
     def step(self, actions, active=None):
@@ -225,13 +227,12 @@ class ThreadedEnvs:
         too, but its control cost would not. Returns obs (num_envs, obs_dim) float64, the next observations, those of a
         new episode where one has ended; rewards (num_envs,) float64; terminated and truncated (num_envs,) bool, which
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
-        (environment, return, length) of the episodes that ended. FloatingPointError if rewards or last_obs are not
-        finite."""
+        (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         jobs = [self.pool.submit(self._step_share, share, actions, active) for share in self.shares]
         for job in jobs:
             job.result()
-        if not np.isfinite(self.last_obs).all():
+        if not (np.isfinite(self.last_obs).all() and np.isfinite(self.obs).all()):
             raise FloatingPointError("observation")
         if not np.isfinite(self.rewards).all():
             raise FloatingPointError("reward")
@@ -696,14 +697,14 @@ def main(args):
     start_step = saved_step = global_step = progress["global_step"]
     state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
     envs = ThreadedEnvs(args.env_id, N, args.env_threads)
-    raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
-    if global_step < last_step:
-        actor.obs_rms.update(raw_obs)
-    obs = actor.normalize(raw_obs)
     running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
     pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
     bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
     try:
+        raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
+        if global_step < last_step:
+            actor.obs_rms.update(raw_obs)
+        obs = actor.normalize(raw_obs)
         while global_step < last_step:
             iteration_start = time.time()
 

@@ -1,0 +1,46 @@
+"""What several test files need."""
+
+import dataclasses
+
+import torch
+
+
+def make_policy_file(path, module, env_id="InvertedPendulum-v4", seed=0, hidden=(16, 16), activation="relu", **changes):
+    """Write a valid policy file with random networks, which depend on `seed`, and made-up statistics, which do not, by
+    the functions of `module` (a script). `changes` replace top-level fields; None deletes one, but stands as it is in
+    return_rms, where it means that there are none. Returns the path, a str."""
+    env = module.make_env(env_id)
+    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    env.close()
+    generator = torch.Generator().manual_seed(seed)
+    network = dict(kind="mlp", activation=activation, actor_hidden=list(hidden), critic_hidden=list(hidden))
+    network |= dict(obs_shape=[obs_dim], action_dim=action_dim)
+    actor, critic = module.Actor(network, generator), module.Critic(network, generator)
+    return_rms = module.RunningMeanStd()
+    with torch.no_grad():
+        actor.mean[-1].weight *= 50  # actions that differ from state to state
+        actor.logstd += torch.linspace(-1, -0.5, action_dim)
+    statistics = torch.Generator().manual_seed(123)
+    actor.obs_rms.update(torch.randn((100, obs_dim), generator=statistics, dtype=torch.float64) * 0.5 + 0.1)
+    return_rms.update(torch.randn(100, generator=statistics, dtype=torch.float64) * 3)
+    policy = dict(format=module.FORMAT, suite=module.SUITE, env_id=env_id, network=network, actor=module.plain(actor))
+    policy |= dict(critic=module.plain(critic), return_rms=module.plain(return_rms), global_step=0)
+    policy |= dict(args=dataclasses.asdict(module.Args(env_id=env_id)), versions=module.versions())
+    policy |= changes
+    policy = {name: value for name, value in policy.items() if value is not None or name == "return_rms"}
+    module.save_atomically(path, lambda file: torch.save(policy, file))
+    return str(path)
+
+
+def train_briefly(module, **changes):
+    """A small run of a script in this process and in the working directory; the policy that it writes, a dict."""
+    args = dict(env_id="InvertedPendulum-v4", total_timesteps=192, num_envs=4, num_steps=16, minibatch_size=20)
+    args |= dict(update_epochs=2, eval_episodes=0, env_threads=1, cuda=False, save_path="policy.pt", overwrite=True)
+    args |= changes
+    module.main(module.Args(**args))
+    return module.read_file(args["save_path"])
+
+
+def same_bits(first, second):
+    """Whether two dicts of tensors, such as state dicts, are equal to the last bit."""
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
