@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import platform
 import signal
 import sys
@@ -29,7 +30,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -126,7 +127,7 @@ RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what
 
 def fail(message):
     """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {' '.join(message.split())[:1500]}", file=sys.stderr)  # a file may hold line breaks
     raise SystemExit(2)
 
 
@@ -335,6 +336,8 @@ class Critic(nn.Module):
 # --- CHECKPOINT ---
 
 FORMAT = 1  # of policy files and training states
+PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}  # all that a file may call, or name
+PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "Byte")}
 
 
 def save_atomically(path, write):
@@ -360,39 +363,54 @@ def read_file(path):
     try:
         with open(path, "rb") as file:
             data = file.read()
-        archive = zipfile.ZipFile(io.BytesIO(data))  # torch itself would load a flipped byte, and inflate without bound
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-        if not stored or sum(entry.file_size for entry in archive.infolist()) > len(data) or archive.testzip():
+        archive, copied = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)  # torch inflates without bound
+        if not stored or sum(entry.file_size for entry in entries) > len(data):
             raise ValueError
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(copied, "w") as clean:  # what torch gets is what was checked here
+            for entry in entries:
+                clean.writestr(entry.filename, archive.read(entry))  # finds a flipped byte: torch itself does not
+        (pickled,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        opcodes = pickletools.genops(archive.read(pickled))
+        named = {str(argument) for code, argument, _ in opcodes if code.name in ("GLOBAL", "STACK_GLOBAL", "INST")}
+        if named - PICKLED:
+            fail(f"{path}: not a file of this project: it names {', '.join(sorted(named - PICKLED))}")
+        copied.seek(0)
+        content = torch.load(copied, map_location="cpu", weights_only=True)
     except OSError as error:
         fail(f"{path}: cannot be read: {error.strerror}")
     except Exception:  # a hostile file can bring about any of them
         fail(f"{path}: damaged, or not a file of this project")
-    if type(content) is not dict or "format" not in content:
-        fail(f"{path}: not a file of this project: field format is missing")
-    if type(content["format"]) is not int or content["format"] != FORMAT:
-        fail(f"{path}: field format: {content['format']!r} is unknown; this script reads {FORMAT}")
-    pending, seen = [("", content)], set()
+    if type(content) is not dict or type(content.get("format")) is not int or content["format"] != FORMAT:
+        fail(f"{path}: not a file of this project, or of another version: field format has to be {FORMAT}")
+    pending, seen, claimed = [((), content)], set(), 0
     while pending:  # look at every value once; a loop, for nesting can be deep
-        field, value = pending.pop()
+        names, value = pending.pop()
+        field = ".".join(map(str, names))
         if id(value) in seen:
             continue
         seen.add(id(value))
+        if len(names) > 20:
+            fail(f"{path}: field {field}: nested too deeply")
         if type(value) is dict:
-            pending += [(f"{field}.{key}".lstrip("."), item) for key, item in value.items()]
-            pending += [(f"{field} (a key)", key) for key in value]
+            if not all(type(key) is int or type(key) is str and len(key) < 200 for key in value):
+                fail(f"{path}: field {field}: a key is no short text or whole number")
+            pending += [((*names, key), item) for key, item in value.items()]
         elif type(value) in (list, tuple):
-            pending += [(field, item) for item in value]
+            pending += [((*names, i), item) for i, item in enumerate(value)]
         elif type(value) is torch.Tensor:
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                fail(f"{path}: field {field}: not a plain tensor")
-            if value.numel() * value.element_size() > len(data) or not value.is_contiguous():
+            claimed += value.numel() * value.element_size()
+            if claimed > len(data) or not value.is_contiguous():
                 fail(f"{path}: field {field}: claims more numbers than the file holds")
+            if value.requires_grad:
+                fail(f"{path}: field {field}: has to be saved without its gradient")
             if not torch.isfinite(value).all():
                 fail(f"{path}: field {field}: holds numbers that are not finite")
         elif type(value) not in (str, int, float, bool, type(None)):
             fail(f"{path}: field {field}: unexpected {type(value).__name__}")
+        elif type(value) is float and not math.isfinite(value):
+            fail(f"{path}: field {field}: {value} is not finite")
     return content
 
 
@@ -403,40 +421,54 @@ def check_fields(content, path, **types):
             fail(f"{path}: field {field} is missing, or not of type {kind.__name__}")
 
 
-def fill_module(module, tensors, path, field):
-    """Give a module that was built on the meta device the tensors of a file, whose names, shapes and types have to be
-    exactly the module's. So no memory is taken that the file does not fill."""
-    expected = module.state_dict()
+def check_tensors(tensors, expected, path, field):
+    """Refuse tensors whose names, shapes and types are not exactly the expected ones."""
+    if type(tensors) is not dict:
+        fail(f"{path}: field {field} is missing, or not of type dict")
     for name in sorted(expected.keys() ^ tensors.keys(), key=str):
         fail(f"{path}: field {field}.{name} is {'missing' if name in expected else 'unexpected'}")
     for name, tensor in expected.items():
         found = tensors[name]
         if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
             fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {list(tensor.shape)}")
-        if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon") and (found < 0).any():
+        if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon", "exp_avg_sq") and (found < 0).any():
             fail(f"{path}: field {field}.{name}: negative")
+
+
+def fill_module(module, tensors, path, field):
+    """Give a module that was built on the meta device the tensors of a file, which have to be exactly the module's. So
+    no memory is taken that the file does not fill."""
+    check_tensors(tensors, module.state_dict(), path, field)
     module.load_state_dict(tensors, assign=True)
     return module
 
 
-def load_policy(policy, path, obs_shape, action_dim):
-    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
-    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
+def check_policy(policy, path):
+    """Refuse what is no policy dict of this suite."""
     if "policy" in policy:
         fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
     check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
     if policy["suite"] != SUITE:
         fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {SUITE}")
+
+
+def load_policy(policy, path, obs_shape, action_dim):
+    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
+    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
+    check_policy(policy, path)
     network = policy["network"]
     check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
+    check_fields(network, path, action_dim=int)
     hidden = network["actor_hidden"] + network["critic_hidden"]
     if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
         fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
     if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
         fail(f"{path}: field network: hidden widths have to be positive integers")
-    for field, wanted in (("obs_shape", list(obs_shape)), ("action_dim", action_dim)):
-        if network.get(field) != wanted:
-            fail(f"{path}: field network.{field}: {network.get(field)}, but the environment's is {wanted}")
+    found, action_found = network["obs_shape"], network["action_dim"]
+    if not all(type(n) is int for n in found) or found != list(obs_shape):
+        fail(f"{path}: field network.obs_shape: {found}, but the environment's is {list(obs_shape)}")
+    if action_found != action_dim:
+        fail(f"{path}: field network.action_dim: {action_found}, but the environment's is {action_dim}")
     with torch.device("meta"):
         actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
     fill_module(actor, policy["actor"], path, "actor")
@@ -458,9 +490,31 @@ def read_training_state(path):
         fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
     for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
         fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
+    for field in dataclasses.fields(Args):  # an int; or a union, `int | None`; or a Literal, whose values are texts
+        value, allowed = state["args"][field.name], get_args(field.type) or (field.type,)
+        if type(value) not in allowed and not (type(value) is str and value in allowed):
+            fail(f"{path}: field args.{field.name}: a {type(value).__name__} that the flag could not be")
     check_fields(state["progress"], path, global_step=int, train_seconds=float, wall_seconds=float)
+    check_fields(state["args"], path, env_id=str)
     check_fields(state["progress"], path, last_returns=list, eval_curve=list)
+    progress = state["progress"]
+    for field, values in (("last_returns", progress["last_returns"]), ("eval_curve", progress["eval_curve"])):
+        rows = values if field == "eval_curve" else [[0, value, 0.0] for value in values]
+        if not all(type(row) is list and [type(number) for number in row] == [int, float, float] for row in rows):
+            fail(f"{path}: field progress.{field}: holds other things than numbers")
+    if progress["global_step"] < 0:
+        fail(f"{path}: field progress.global_step: negative")
     return path, state
+
+
+def load_optimizer(optimizer, state, path):
+    """Give Adam the momenta of a training state, which has none before the first step."""
+    momenta = {}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"] if state["progress"]["global_step"] else []):
+        momenta[i] = state["optimizer"].get(i)
+        expected = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
+        check_tensors(momenta[i], expected, path, f"optimizer.{i}")
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=momenta))
 
 
 def check_save_path(args, path, teacher=None):
@@ -642,11 +696,11 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     if resumed:
+        load_optimizer(optimizer, resumed, checkpoint_path)
         try:
-            optimizer.load_state_dict(resumed["optimizer"])
             generator.set_state(resumed["generator"])
-        except Exception as error:
-            fail(f"{checkpoint_path}: field optimizer or generator does not fit: {error}")
+        except (RuntimeError, TypeError):
+            fail(f"{checkpoint_path}: field generator: not the state of torch's generator")
     if args.compile:
         actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
         critic.compile()
@@ -673,7 +727,7 @@ def main(args):
         progress["wall_seconds"] = time.time() - start_time
         state = dict(format=FORMAT, script=SCRIPT, args=dataclasses.asdict(args))
         state |= dict(policy=make_policy(), generator=generator.get_state())
-        return state | copy.deepcopy(dict(optimizer=optimizer.state_dict(), progress=progress))
+        return state | copy.deepcopy(dict(optimizer=optimizer.state_dict()["state"], progress=progress))
 
     def save_training_state():
         writer.flush()  # the curves on disk reach as far as the state, or further
@@ -780,12 +834,11 @@ def main(args):
                 writer.add_scalar(name, value, global_step)
             bar.update(T * N)
             bar.set_postfix_str(f"return {np.mean(progress['last_returns'] or [math.nan]):.1f}", refresh=False)
-            state = make_training_state()
             if args.eval_interval and global_step % args.eval_interval < T * N:
                 evaluated = summarize(evaluate(actor, args, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
-                state = make_training_state()
+            state = make_training_state()
 
             # SAVE
             if global_step >= min(saved_step + args.checkpoint_interval, last_step) or signals.save:
