@@ -481,11 +481,10 @@ def load_policy(policy, path, obs_shape, action_dim):
         fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
     if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
         fail(f"{path}: field network: hidden widths have to be positive integers")
-    found, action_found = network["obs_shape"], network["action_dim"]
-    if not all(type(n) is int for n in found) or found != list(obs_shape):
-        fail(f"{path}: field network.obs_shape: {found}, but the environment's is {list(obs_shape)}")
-    if action_found != action_dim:
-        fail(f"{path}: field network.action_dim: {action_found}, but the environment's is {action_dim}")
+    if not all(type(n) is int for n in network["obs_shape"]) or network["obs_shape"] != list(obs_shape):
+        fail(f"{path}: field network.obs_shape: {network['obs_shape']}, but the environment's is {list(obs_shape)}")
+    if network["action_dim"] != action_dim:
+        fail(f"{path}: field network.action_dim: {network['action_dim']}, but the environment's is {action_dim}")
     with torch.device("meta"):
         actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
     fill_module(actor, policy["actor"], path, "actor")
@@ -511,16 +510,15 @@ def read_training_state(path):
         value, allowed = state["args"][field.name], get_args(field.type) or (field.type,)
         if type(value) not in allowed and not (type(value) is str and value in allowed):
             fail(f"{path}: field args.{field.name}: a {type(value).__name__} that the flag could not be")
-    check_fields(state["progress"], path, global_step=int, train_seconds=float, wall_seconds=float)
     check_fields(state["args"], path, env_id=str)
-    check_fields(state["progress"], path, last_returns=list, eval_curve=list)
-    progress = state["progress"]
-    for field, values in (("last_returns", progress["last_returns"]), ("eval_curve", progress["eval_curve"])):
-        rows = values if field == "eval_curve" else [[0, value, 0.0] for value in values]
-        if not all(type(row) is list and [type(number) for number in row] == [int, float, float] for row in rows):
-            fail(f"{path}: field progress.{field}: holds other things than numbers")
-    if progress["global_step"] < 0:
-        fail(f"{path}: field progress.global_step: negative")
+    progress, point = state["progress"], [int, float, float]  # of the curve: step, mean, standard deviation
+    check_fields(progress, path, global_step=int, train_seconds=float, wall_seconds=float)
+    check_fields(progress, path, last_returns=list, eval_curve=list)
+    valid = dict(global_step=progress["global_step"] >= 0)
+    valid |= dict(last_returns=all(type(value) is float for value in progress["last_returns"]))
+    valid |= dict(eval_curve=all(type(p) is list and [*map(type, p)] == point for p in progress["eval_curve"]))
+    for field in (field for field, is_valid in valid.items() if not is_valid):
+        fail(f"{path}: field progress.{field}: nothing that a run could have written")
     return path, state
 
 
