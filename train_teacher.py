@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickletools
 import platform
@@ -27,8 +28,8 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -108,7 +109,7 @@ class Args:
     compile: bool = False
     """torch.compile the networks"""
     env_threads: int = 0
-    """threads that step the environments, 0 for one per core; changes no result"""
+    """processes that step the environments, 0 for one per core; changes no result"""
     checkpoint_interval: int = 500_000
     """environment steps between saves of the training state"""
 
@@ -196,32 +197,90 @@ def make_env(env_id):
     return env
 
 
-class ThreadedEnvs:
-    """`num_envs` gymnasium environments, stepped by `threads` threads (0: one per core), each reset in the very step
-    that ends its episode. MuJoCo releases Python's lock while it computes, so threads bring speed; each environment has
-    its own state, so they change no result."""
+def step_envs(envs, table):
+    """Act in some of the environments, a dict of number and environment, each reset in the very step that ends its
+    episode. The actions come from the table that all processes share, and what follows from them goes there."""
+    for i, env in envs.items():
+        row = table[i]
+        if row["active"]:
+            obs, row["reward"], row["terminated"], row["truncated"], _ = env.step(row["action"].copy())
+            row["return"] += row["reward"]
+            row["length"] += 1
+            row["last_obs"] = obs
+            if row["terminated"] or row["truncated"]:
+                obs, _ = env.reset()  # goes on with the environment's own random stream
+            row["obs"] = obs
 
-    def __init__(self, env_id, num_envs, threads=0):
-        self.envs = [make_env(env_id) for _ in range(num_envs)]
-        self.action_space = self.envs[0].action_space
-        shape = (num_envs, *self.envs[0].observation_space.shape)
-        self.obs, self.last_obs = np.zeros(shape), np.zeros(shape)
-        self.rewards, self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, int)
-        self.terminated, self.truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
-        threads = min(threads or os.cpu_count(), num_envs)
-        self.shares = [range(first, num_envs, threads) for first in range(threads)]
-        self.pool = ThreadPoolExecutor(threads)
+
+def reset_envs(envs, table, seeds):
+    """Start new episodes in some of the environments, number i with seeds[i]."""
+    for i, env in envs.items():
+        table[i]["obs"], _ = env.reset(seed=seeds[i])
+
+
+def serve_envs(env_id, share, memory, columns, pipe, parents_pipe):
+    """The life of a process of `ParallelEnvs`: it resets (told by seeds) and steps (told by None) its share of the
+    environments until the pipe closes, and leaves all signals to its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parents_pipe.close()  # the copy in this process would keep the pipe open when the parent has died
+    envs, table = {i: make_env(env_id) for i in share}, np.frombuffer(memory, columns)
+    try:
+        while True:
+            seeds = pipe.recv()
+            step_envs(envs, table) if seeds is None else reset_envs(envs, table, seeds)
+            pipe.send(None)
+    except (EOFError, OSError):
+        pass
+
+
+class ParallelEnvs:
+    """`num_envs` gymnasium environments, stepped by `processes` processes (0: one per core), of which this one is the
+    first; threads would wait for Python's lock half of their time. Each environment has its own state, so the number of
+    processes changes no result."""
+
+    def __init__(self, env_id, num_envs, processes=0):
+        processes = min(processes or os.cpu_count(), num_envs)
+        shares = [share.tolist() for share in np.array_split(range(num_envs), processes)]
+        self.envs = {i: make_env(env_id) for i in shares[0]}
+        self.action_space, obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
+        columns = [("obs", float, obs_shape), ("last_obs", float, obs_shape), ("action", *action), ("reward", float)]
+        columns += [("return", float), ("length", int), ("terminated", bool), ("truncated", bool), ("active", bool)]
+        columns = np.dtype(columns, align=True)
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        memory = context.RawArray("b", num_envs * columns.itemsize)
+        self.table = np.frombuffer(memory, columns)  # a row for each environment
+        self.pipes, self.processes = [], []
+        for share in shares[1:]:
+            pipe, childs_pipe = context.Pipe()
+            arguments = env_id, share, memory, columns, childs_pipe, pipe
+            self.processes.append(context.Process(target=serve_envs, args=arguments))
+            self.processes[-1].start()
+            childs_pipe.close()
+            self.pipes.append(pipe)
+        self.close_pipes = weakref.finalize(self, lambda pipes: [pipe.close() for pipe in pipes], self.pipes)
+
+    def tell(self, seeds):
+        """Have every process step its environments, or reset them with these seeds, and wait until all have."""
+        try:
+            for pipe in self.pipes:
+                pipe.send(seeds)
+            step_envs(self.envs, self.table) if seeds is None else reset_envs(self.envs, self.table, seeds)
+            for pipe in self.pipes:
+                pipe.recv()
+        except (EOFError, OSError):
+            raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume") from None
 
     def reset(self, seeds):
         """Start new episodes, environment i with seeds[i]; the observations, (num_envs, obs_dim) float64."""
-        for i, env in enumerate(self.envs):
-            self.obs[i], _ = env.reset(seed=seeds[i])
-        self.returns[:], self.lengths[:] = 0, 0
-        if not np.isfinite(self.obs).all():
+        self.table["return"], self.table["length"] = 0, 0
+        self.tell(seeds)
+        if not np.isfinite(self.table["obs"]).all():
             raise FloatingPointError("observation")
-        return self.obs.copy()
+        return self.table["obs"].copy()
 
-    def step(self, actions, active=None):
+    def step(self, actions, active=True):
         """Act in every environment, or in those where the bool array `active` is set.
 
         actions: (num_envs, action_dim) float32, clipped here to the action bounds: MuJoCo's dynamics would clip them
@@ -229,35 +288,24 @@ class ThreadedEnvs:
         new episode where one has ended; rewards (num_envs,) float64; terminated and truncated (num_envs,) bool, which
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
         (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
-        actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        jobs = [self.pool.submit(self._step_share, share, actions, active) for share in self.shares]
-        for job in jobs:
-            job.result()
-        if not (np.isfinite(self.last_obs).all() and np.isfinite(self.obs).all()):
+        table = self.table
+        table["action"], table["active"] = np.clip(actions, self.action_space.low, self.action_space.high), active
+        self.tell(None)
+        if not (np.isfinite(table["last_obs"]).all() and np.isfinite(table["obs"]).all()):
             raise FloatingPointError("observation")
-        if not np.isfinite(self.rewards).all():
+        if not np.isfinite(table["reward"]).all():
             raise FloatingPointError("reward")
-        ended = np.flatnonzero((self.terminated | self.truncated) & (True if active is None else active))
-        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in ended]
-        self.returns[ended], self.lengths[ended] = 0, 0
-        flags = self.terminated.copy(), self.truncated.copy()
-        return self.obs.copy(), self.rewards.copy(), *flags, self.last_obs.copy(), finished
-
-    def _step_share(self, share, actions, active):
-        for i in share:
-            if active is not None and not active[i]:
-                continue
-            obs, self.rewards[i], self.terminated[i], self.truncated[i], _ = self.envs[i].step(actions[i])
-            self.returns[i] += self.rewards[i]
-            self.lengths[i] += 1
-            self.last_obs[i] = obs
-            if self.terminated[i] or self.truncated[i]:
-                obs, _ = self.envs[i].reset()  # goes on with the environment's own random stream
-            self.obs[i] = obs
+        ended = np.flatnonzero((table["terminated"] | table["truncated"]) & active)
+        finished = [(int(i), float(table["return"][i]), int(table["length"][i])) for i in ended]
+        table["return"][ended], table["length"][ended] = 0, 0
+        names = "obs", "reward", "terminated", "truncated", "last_obs"
+        return *(table[name].copy() for name in names), finished
 
     def close(self):
-        self.pool.shutdown()
-        for env in self.envs:
+        self.close_pipes()  # tells the processes to end; the end of this program does it, too
+        for process in self.processes:
+            process.join()
+        for env in self.envs.values():
             env.close()
 
 
@@ -289,11 +337,10 @@ class RunningMeanStd(nn.Module):
     def update(self, batch):
         """Take in a batch, (n, *shape) float64."""
         var, mean = torch.var_mean(batch, dim=0, correction=0)
-        delta, total = mean - self.mean, self.count + len(batch)
-        squares = self.var * self.count + var * len(batch) + delta**2 * self.count * len(batch) / total
-        self.mean += delta * len(batch) / total
-        self.var.copy_(squares / total)
-        self.count.copy_(total)
+        delta, weight = mean - self.mean, len(batch) / (self.count + len(batch))
+        self.mean += weight * delta
+        self.var.lerp_(var + (1 - weight) * delta**2, weight)
+        self.count += len(batch)
 
 
 class Actor(nn.Module):
@@ -632,7 +679,7 @@ def evaluate(actor, args, on_step=lambda: None):
     torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
-    envs = ThreadedEnvs(args.env_id, num_envs, args.env_threads)
+    envs = ParallelEnvs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
@@ -674,10 +721,11 @@ def main(args):
     probe = make_env(args.env_id)
     (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
     probe.close()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     update_threads = torch.get_num_threads()
 
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
@@ -744,12 +792,12 @@ def main(args):
     # TRAINING
     T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
     obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
-    rewards_b = torch.zeros((T, N))
+    rewards_b, return_vars_b = torch.zeros((T, N), dtype=torch.float64), torch.zeros((T, 1), dtype=torch.float64)
     ended_b = torch.zeros((T, N), dtype=torch.bool)
     start_step = saved_step = global_step = progress["global_step"]
     state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
-    envs = ThreadedEnvs(args.env_id, N, args.env_threads)
-    running_return = torch.zeros(N, dtype=torch.float64)  # discounted, of the episodes under way: the rewards' scale
+    envs = ParallelEnvs(args.env_id, N, args.env_threads)
+    running_return = torch.zeros(N, dtype=torch.float64)  # of the episodes under way, discounted by 0.99 for any gamma
     pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
     bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
     try:
@@ -762,30 +810,30 @@ def main(args):
 
             # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
             torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-            noise = torch.randn((T, N, A), generator=generator).to(device)
+            noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
+            returns_b, lengths_b = [], []  # of the episodes that end in this rollout
             final_obs = {}  # (step, environment): last observation of an episode that was truncated there
             for step in range(T):
                 stop_on_signal()
                 with torch.no_grad():
-                    mean, logstd = actor(obs)
-                    action = mean + logstd.exp() * noise[step]
+                    mean, _ = actor(obs)
+                    action = mean + noise[step]
                 obs_b[step], actions_b[step], means_b[step] = obs, action, mean
                 raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(action.cpu().numpy())
                 global_step += N
-                raw_obs, reward = torch.from_numpy(raw_obs).to(device), torch.from_numpy(reward)
+                raw_obs = torch.from_numpy(raw_obs).to(device)
                 actor.obs_rms.update(raw_obs)
                 obs = actor.normalize(raw_obs)
                 for i in np.flatnonzero(truncated & ~terminated):
                     final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
-                ended_b[step] = torch.from_numpy(terminated | truncated)
-                running_return = running_return * 0.99 + reward  # 0.99 whatever gamma is, as in stable-baselines3
+                ended_b[step], rewards_b[step] = torch.from_numpy(terminated | truncated), torch.from_numpy(reward)
+                running_return = running_return * 0.99 + rewards_b[step]
                 return_rms.update(running_return)
-                rewards_b[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
                 running_return[ended_b[step]] = 0
+                return_vars_b[step] = return_rms.var
                 for _, episode_return, episode_length in finished:
-                    writer.add_scalar("charts/episodic_return", episode_return, global_step)
-                    writer.add_scalar("charts/episodic_length", episode_length, global_step)
-                    progress["last_returns"] = progress["last_returns"][-99:] + [episode_return]
+                    returns_b.append(episode_return)
+                    lengths_b.append(episode_length)
 
             # ADVANTAGE
             torch.set_num_threads(update_threads)
@@ -793,7 +841,8 @@ def main(args):
                 logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
                 values = critic(obs_b.flatten(0, 1)).view(T, N)
                 next_values = torch.cat([values[1:], critic(obs)[None]])
-                rewards, ended = rewards_b.to(device), ended_b.to(device)
+                rewards = torch.clamp(rewards_b / torch.sqrt(return_vars_b + 1e-8), -10, 10).float().to(device)
+                ended = ended_b.to(device)
                 next_values[ended] = 0
                 if final_obs:  # truncated: what would have followed still counts
                     next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
@@ -807,13 +856,14 @@ def main(args):
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
                     stop_on_signal()
-                    mean, logstd = actor(b_obs[mb])
+                    mb_obs = b_obs[mb]
+                    mean, logstd = actor(mb_obs)
                     logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
                     entropy = gaussian_entropy(logstd)
                     optimizer.zero_grad()
                     (pg_loss - args.ent_coef * entropy).backward()  # one network after the other: less memory
-                    v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
+                    v_loss = nn.functional.mse_loss(critic(mb_obs), b_returns[mb])
                     (args.vf_coef * v_loss).backward()
                     if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
                         raise FloatingPointError("loss or gradient")
@@ -821,6 +871,7 @@ def main(args):
                     losses = pg_loss.detach(), v_loss.detach(), entropy.detach()
                     metrics.append(torch.stack([*losses, *ratio_metrics(logratio.detach(), args.clip_coef)]))
             progress["global_step"] = global_step
+            progress["last_returns"] = [*progress["last_returns"], *returns_b][-100:]
             progress["train_seconds"] += time.time() - iteration_start
 
             # LOG
@@ -828,6 +879,8 @@ def main(args):
             logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
             logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
             logged["charts/SPS"] = int(global_step / progress["train_seconds"])
+            if returns_b:
+                logged |= {"charts/episodic_return": np.mean(returns_b), "charts/episodic_length": np.mean(lengths_b)}
             for name, value in logged.items():
                 writer.add_scalar(name, value, global_step)
             bar.update(T * N)

@@ -2,7 +2,9 @@
 every number is known, numpy and stable-baselines3."""
 
 import copy
+import os
 import random
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -124,12 +126,13 @@ def test_refused_ids(script, env_id, words, capsys):
 # --- STEPPING ---
 
 
-def test_reset_in_the_same_step(script, scripted):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reset_in_the_same_step(script, scripted, processes):
     """Several episodes end in step 1, each in its way, and one of them again in step 2."""
     scripted.schedule |= {(0, 1): "terminated", (1, 1): "truncated", (2, 1): "both", (1, 2): "terminated"}
-    envs = script.ThreadedEnvs("Scripted-v0", 4, 2)
+    envs = script.ParallelEnvs("Scripted-v0", 4, processes)
     np.testing.assert_array_equal(envs.reset([7, 8, 9, 10]), [observation(i, 0, 0) for i in range(4)])
-    assert [env.seeds for env in scripted.made] == [[7], [8], [9], [10]]
+    assert [env.seeds for env in scripted.made] == [[7], [8], [9], [10]][: 4 // processes]
     actions = np.zeros((4, 2), np.float32)
     steps = [envs.step(actions) for _ in range(4)]  # kept: a step must not write into what an earlier one returned
     envs.close()
@@ -145,12 +148,13 @@ def test_reset_in_the_same_step(script, scripted):
         assert np.flatnonzero(truncated).tolist() == [[], [1, 2], [], []][k]
         expected = [[], [(i, reward(i, 0) + reward(i, 1), 2) for i in range(3)], [(1, reward(1, 2), 1)], []][k]
         assert finished == [(i, pytest.approx(total), length) for i, total, length in expected]
-    assert [env.seeds for env in scripted.made] == [[7, None], [8, None, None], [9, None], [10]]
+    seeds = [[7, None], [8, None, None], [9, None], [10]]
+    assert [env.seeds for env in scripted.made] == seeds[: 4 // processes]  # the others are in another process
 
 
 def test_only_active_environments_are_stepped(script, scripted):
     scripted.schedule |= {(0, 0): "terminated", (1, 0): "terminated"}
-    envs = script.ThreadedEnvs("Scripted-v0", 3, 1)
+    envs = script.ParallelEnvs("Scripted-v0", 3, 1)
     envs.reset([0, 1, 2])
     actions = np.zeros((3, 2), np.float32)
     assert [i for i, _, _ in envs.step(actions)[-1]] == [0, 1]
@@ -162,7 +166,7 @@ def test_only_active_environments_are_stepped(script, scripted):
 
 
 def test_actions_are_clipped(script, scripted):
-    envs = script.ThreadedEnvs("Scripted-v0", 2, 1)
+    envs = script.ParallelEnvs("Scripted-v0", 2, 1)
     envs.reset([0, 1])
     actions = np.float32([[-9, 9], [0.1, -0.1]])
     envs.step(actions)
@@ -171,10 +175,10 @@ def test_actions_are_clipped(script, scripted):
     assert actions[0, 0] == -9
 
 
-def test_threads_change_no_result(script):
+def test_processes_change_no_result(script):
     rollouts = []
-    for threads in (1, 2, 5):
-        envs = script.ThreadedEnvs("Hopper-v4", 5, threads)
+    for processes in (1, 2, 5):
+        envs = script.ParallelEnvs("Hopper-v4", 5, processes)
         rng = np.random.default_rng(0)
         rollout = [envs.reset([1, 2, 3, 4, 5])]
         for _ in range(40):
@@ -187,13 +191,48 @@ def test_threads_change_no_result(script):
         assert all(np.array_equal(x, y) for x, y in zip(rollouts[0], rollout, strict=True))
 
 
+def test_processes_end(script):
+    """With the environments, or where nobody closes them."""
+    for forget in (False, True):
+        envs = script.ParallelEnvs("InvertedPendulum-v4", 3, 3)
+        envs.reset([0, 1, 2])
+        processes = envs.processes
+        assert len(processes) == 2 and all(process.is_alive() for process in processes)
+        if forget:
+            del envs
+        else:
+            envs.close()
+        for process in processes:
+            process.join(20)
+            assert process.exitcode == 0
+
+
+def test_processes_leave_signals_to_their_parent(script):
+    envs = script.ParallelEnvs("InvertedPendulum-v4", 2, 2)
+    envs.reset([0, 1])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(envs.processes[0].pid, number)
+    envs.step(np.zeros((2, 1), np.float32))
+    envs.close()
+
+
+def test_death_of_a_process(script):
+    envs = script.ParallelEnvs("InvertedPendulum-v4", 2, 2)
+    envs.reset([0, 1])
+    envs.processes[0].kill()
+    with pytest.raises(SystemExit, match=f"^{script.SCRIPT}: error: a process that steps environments has died"):
+        for _ in range(3):
+            envs.step(np.zeros((2, 1), np.float32))
+    envs.close()
+
+
 @pytest.mark.parametrize("quantity", ["observation", "reward"])
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("end", [None, "terminated", "truncated"])
 def test_non_finite_numbers(script, scripted, quantity, number, end):
     scripted.schedule[1, 1] = end
     scripted.faults[1, 1, quantity] = number if quantity == "reward" else np.array([0, number, 0])
-    envs = script.ThreadedEnvs("Scripted-v0", 3, 1)
+    envs = script.ParallelEnvs("Scripted-v0", 3, 1)
     envs.reset([0, 1, 2])
     actions = np.zeros((3, 2), np.float32)
     envs.step(actions)
@@ -206,7 +245,7 @@ def test_non_finite_numbers(script, scripted, quantity, number, end):
 def test_non_finite_observation_of_a_reset(script, scripted, step):
     scripted.schedule[1, 0] = "terminated"
     scripted.faults[1, step, "reset"] = np.array([0, np.nan, 0])
-    envs = script.ThreadedEnvs("Scripted-v0", 3, 1)
+    envs = script.ParallelEnvs("Scripted-v0", 3, 1)
     with pytest.raises(FloatingPointError, match="observation"):
         envs.reset([0, 1, 2])
         for _ in range(2):
