@@ -685,8 +685,8 @@ def gaussian_kl(mean_p, logstd_p, mean_q, logstd_q):
 
 
 def teacher_kl(teacher_mean, teacher_logstd, student_mean, student_logstd, direction):
-    """"forward": KL(teacher ‖ student), covers all that the teacher does; "reverse": KL(student ‖ teacher), settles on
-    a part of it. Per state, (n,)."""
+    """The KL of every state, (n,). "forward": KL(teacher ‖ student), which covers all that the teacher does; "reverse":
+    KL(student ‖ teacher), which settles on a part of it."""
     teacher, student = (teacher_mean, teacher_logstd), (student_mean, student_logstd)
     return gaussian_kl(*teacher, *student) if direction == "forward" else gaussian_kl(*student, *teacher)
 

@@ -1,0 +1,80 @@
+"""Steps per second of the paper's own library, sb3_distill, and of stable-baselines3's PPO, with the paper's settings.
+
+    git clone https://github.com/spiglerg/sb3_distill ../sb3_distill
+    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --student-size larger
+    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method ppo
+
+MuJoCo, in the packages of tests/requirements.txt. PPD has an untrained teacher of the paper's size; `ppo` is the
+teacher's own training. The time runs from the end of the first rollout's update, which is not counted, to that of the
+last one's. The last words are "steps/s X", as speed.py wants them of its --rival.
+"""
+
+import argparse
+import sys
+import time
+
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
+
+NUM_ENVS = 18
+HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}
+
+
+class Clock(BaseCallback):
+    """Notes when every rollout begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def _on_rollout_start(self):
+        self.times.append(time.perf_counter())
+
+    def _on_step(self):
+        return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a checkout of sb3_distill")
+    parser.add_argument("--env-id", default="Hopper-v4")
+    parser.add_argument("--method", choices=["ppd", "ppo"], default="ppd")
+    parser.add_argument("--student-size", choices=HIDDEN, default="same")
+    parser.add_argument("--seconds", type=float, default=20, help="of training, about (default: 20)")
+    options = parser.parse_args()
+    sys.path.insert(0, options.folder)
+    from sb3_distill.ppd import ProximalPolicyDistillation
+
+    slow_gamma = options.env_id.startswith(("Hopper", "Swimmer"))
+    env = VecNormalize(make_vec_env(options.env_id, NUM_ENVS, seed=100))  # DummyVecEnv, the faster one here
+    settings = dict(batch_size=512, n_epochs=4, gae_lambda=0.9, learning_rate=3e-4, device="cpu", seed=100)
+
+    def networks(size):
+        return dict(net_arch=dict(pi=HIDDEN[size], vf=HIDDEN[size]), activation_fn=nn.ReLU)
+
+    steps = 64
+    if options.method == "ppo":
+        steps = 256 if slow_gamma else 512
+        settings |= dict(n_steps=steps, gamma=0.995, ent_coef=0.01 if slow_gamma else 0.0)
+        model = PPO("MlpPolicy", env, policy_kwargs=networks("same"), **settings)
+    else:
+        settings |= dict(n_steps=steps, gamma=0.995 if slow_gamma else 0.999)
+        teacher = PPO("MlpPolicy", env, policy_kwargs=networks("same"), **settings)
+        student = networks(options.student_size)
+        model = ProximalPolicyDistillation("MlpPolicy", env, policy_kwargs=student, **settings)
+        model.set_teacher(teacher)
+
+    samples, clock, begin = NUM_ENVS * steps, Clock(), time.perf_counter()
+    model.learn(samples, callback=clock)  # the warm-up
+    rollouts = max(2, round(options.seconds / (time.perf_counter() - begin)))
+    clock.times.clear()
+    model.learn(rollouts * samples, callback=clock, reset_num_timesteps=False)
+    seconds = time.perf_counter() - clock.times[0]
+    print(f"{options.method} {options.env_id} {options.student_size} steps/s {rollouts * samples / seconds:.1f}")
+
+
+if __name__ == "__main__":
+    main()
