@@ -148,8 +148,9 @@ def measure(path, argv, seconds):
         if os.path.basename(path) != "train_teacher.py" and "--teacher" not in argv:
             command = [sys.executable, os.path.join(HERE, "..", "train_teacher.py"), "--total-timesteps", "1"]
             command += ["--num-envs", "1", "--num-steps", "2", "--minibatch-size", "2", "--eval-episodes", "0"]
-            command += ["--env-id", argv[argv.index("--env-id") + 1], "--save-path", "teacher.pt"]
-            subprocess.run(command, check=True, capture_output=True)
+            command += ["--env-id", argv[argv.index("--env-id") + 1], "--save-path", "../teacher.pt"]
+            os.mkdir("untrained")  # its run stays out of the way of the measured one
+            subprocess.run(command, check=True, capture_output=True, cwd="untrained")
             argv += ["--teacher", "teacher.pt"]
         script = load_script(path)
         for name, value in list(vars(script).items()):
