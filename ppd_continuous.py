@@ -133,6 +133,8 @@ class Args:
 
 SCRIPT = os.path.basename(__file__)
 SUITE = "continuous"  # the suite of a policy file
+KINDS = {"continuous": ["mlp relu", "mlp tanh"]}  # kinds of network in a policy file of each suite of this script
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco")  # whose versions results depend on
 PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
     "Hopper": dict(gamma=0.995),
     "Swimmer": dict(gamma=0.995),
@@ -207,7 +209,7 @@ def make_env(env_id):
         near = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=3, cutoff=0.5)
         hint = f"; nearest known ids: {', '.join(near)}" if near else ""
         reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
-        fail(f"--env-id {env_id}: {reason}; this script takes gymnasium's continuous control{hint}")
+        fail(f"--env-id {env_id}: {reason}{hint}")
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: its {name} space is {space}; this script needs a flat Box")
@@ -260,9 +262,11 @@ class ParallelEnvs:
         processes = min(processes or os.cpu_count(), num_envs)
         shares = [share.tolist() for share in np.array_split(range(num_envs), processes)]
         self.envs = {i: make_env(env_id) for i in shares[0]}
-        self.action_space, obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        (self.action_dim,) = self.action_space.shape
         action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
-        columns = [("obs", float, obs_shape), ("last_obs", float, obs_shape), ("action", *action), ("reward", float)]
+        columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape)]
+        columns += [("action", *action), ("reward", float)]
         columns += [("return", float), ("length", int), ("terminated", bool), ("truncated", bool), ("active", bool)]
         columns = np.dtype(columns, align=True)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -360,7 +364,7 @@ class RunningMeanStd(nn.Module):
         self.count += len(batch)
 
 
-class Actor(nn.Module):
+class MlpActor(nn.Module):
     """Gaussian policy: a multilayer perceptron for the mean, and a log standard deviation that is the same in every
     state. It carries the statistics that its observations are normalized with."""
 
@@ -384,8 +388,12 @@ class Actor(nn.Module):
         """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions in normalized observations."""
         return self.mean(obs), self.logstd
 
+    def mode(self, obs):
+        """The most probable actions, (n, action_dim), in observations as the environments give them."""
+        return self.mean(self.normalize(obs))
 
-class Critic(nn.Module):
+
+class MlpCritic(nn.Module):
     """State value: a multilayer perceptron of its own."""
 
     def __init__(self, network, generator=None):
@@ -395,6 +403,11 @@ class Critic(nn.Module):
     def forward(self, obs):
         """Values (n,) of normalized observations (n, obs_dim)."""
         return self.value(obs).squeeze(-1)
+
+
+def make_networks(network, generator=None):
+    """Actor and critic as the `network` of a policy file describes them; with a generator, newly initialized."""
+    return MlpActor(network, generator), MlpCritic(network, generator)
 
 
 # --- CHECKPOINT ---
@@ -508,32 +521,38 @@ def fill_module(module, tensors, path, field):
 
 
 def check_policy(policy, path):
-    """Refuse what is no policy dict of this suite."""
+    """Refuse what is no policy dict of a suite of this script."""
     if "policy" in policy:
         fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
     check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
-    if policy["suite"] != SUITE:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {SUITE}")
+    if policy["suite"] not in KINDS:
+        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {', '.join(KINDS)}")
 
 
-def load_policy(policy, path, obs_shape, action_dim):
+def load_policy(policy, path, suite, obs_shape, action_dim):
     """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
-    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
+    `path`. It is refused unless it fits the environment's suite, observations and actions."""
     check_policy(policy, path)
+    if policy["suite"] != suite:
+        fail(f"{path}: field suite: a policy for {policy['suite']}, but the environment is one of {suite}")
     network = policy["network"]
     check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
     check_fields(network, path, action_dim=int)
     hidden = network["actor_hidden"] + network["critic_hidden"]
-    if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
-        fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
+    kind = f"{network['kind']} {network['activation']}"
+    if kind not in KINDS[suite]:
+        fail(f"{path}: field network: kind and activation are {kind!r}, known are {', '.join(KINDS[suite])}")
     if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
         fail(f"{path}: field network: hidden widths have to be positive integers")
     if not all(type(n) is int for n in network["obs_shape"]) or network["obs_shape"] != list(obs_shape):
         fail(f"{path}: field network.obs_shape: {network['obs_shape']}, but the environment's is {list(obs_shape)}")
     if network["action_dim"] != action_dim:
         fail(f"{path}: field network.action_dim: {network['action_dim']}, but the environment's is {action_dim}")
-    with torch.device("meta"):
-        actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
+    try:
+        with torch.device("meta"):
+            (actor, critic), return_rms = make_networks(network), RunningMeanStd()
+    except ValueError:
+        fail(f"{path}: field network: no {kind} network has the hidden widths {hidden}")
     fill_module(actor, policy["actor"], path, "actor")
     fill_module(critic, policy["critic"], path, "critic")
     if policy.get("return_rms") is None:
@@ -616,8 +635,7 @@ def plain(module):
 @functools.cache
 def versions():
     """The versions that a result depends on."""
-    packages = ("torch", "numpy", "gymnasium", "mujoco")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 class Signals:
@@ -707,22 +725,26 @@ def ratio_metrics(logratio, clip_coef):
 
 
 @torch.no_grad()
-def evaluate(actor, args, on_step=lambda: None):
+def evaluate(actor, make_envs, args, on_step=lambda: None):
     """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
+    make_envs: the class of the suite's environments.
 
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
+    device = next(actor.parameters()).device
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
-    envs = ParallelEnvs(args.env_id, num_envs, args.env_threads)
+    envs = make_envs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
-        mean, _ = actor(actor.normalize(torch.from_numpy(obs).to(actor.logstd.device)))
-        obs, _, _, _, _, finished = envs.step(mean.cpu().numpy(), active)
+        chosen = actor.mode(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
+        actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
+        actions[active] = chosen
+        obs, _, _, _, _, finished = envs.step(actions, active)
         for i, episode_return, _ in finished:
             returns[i].append(episode_return)
     envs.close()
@@ -744,14 +766,17 @@ def summarize(returns):
     return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
 
 
-def compute_ratios(scores):
-    """Student mean / teacher mean, for result.json; None, with a reason, where the teacher's is not positive."""
+def compute_ratios(scores, measure="mean"):
+    """Student / teacher of one measure of their scores, for result.json; None, with a reason, where the teacher's is
+    not positive, or there is none."""
     ratios = {}
     for ratio, teacher in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
         if "student" in scores and teacher in scores:
-            positive = scores[teacher]["mean"] > 0
-            ratios[ratio] = scores["student"]["mean"] / scores[teacher]["mean"] if positive else None
-            ratios |= {} if positive else {f"{ratio}_reason": "the teacher's score is not positive"}
+            ours, theirs = scores["student"][measure], scores[teacher][measure]
+            ratios[ratio] = ours / theirs if theirs is not None and theirs > 0 else None
+            if ratios[ratio] is None:
+                reason = f"the teacher's {measure} score is not positive"
+                ratios[f"{ratio}_reason"] = f"there is no {measure} score" if theirs is None else reason
     return ratios
 
 
@@ -790,7 +815,8 @@ def main(args):
     probe = make_env(args.env_id)
     (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
     probe.close()
-    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, [obs_dim], action_dim)
+    spaces = SUITE, [obs_dim], action_dim
+    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, *spaces)
     teacher_actor.requires_grad_(False)
     if teacher["env_id"] != args.env_id:
         print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
@@ -804,7 +830,7 @@ def main(args):
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
     progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
     if resumed:
-        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, [obs_dim], action_dim)
+        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, *spaces)
         network = resumed["policy"]["network"]
         progress = resumed["progress"]
     else:
@@ -812,7 +838,7 @@ def main(args):
         if args.student_size != "same":
             hidden = HIDDEN[args.student_size]
             network |= dict(activation="relu", actor_hidden=hidden, critic_hidden=hidden)
-        actor, critic, student_return_rms = Actor(network, generator), Critic(network, generator), RunningMeanStd()
+        (actor, critic), student_return_rms = make_networks(network, generator), RunningMeanStd()
         for name, statistic in actor.named_buffers():
             statistic.copy_(teacher_actor.get_buffer(name))  # frozen: teacher and student see the same inputs
     frozen_rewards = return_rms is not None  # scaled by the teacher's statistics (the paper), or by running ones
@@ -981,7 +1007,7 @@ def main(args):
             mean_return = np.mean(progress["last_returns"] or [math.nan])
             bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < T * N:
-                evaluated = summarize(evaluate(actor, args, stop_on_signal))
+                evaluated = summarize(evaluate(actor, ParallelEnvs, args, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
             state = make_training_state()
@@ -1003,7 +1029,8 @@ def main(args):
             save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
-            scores = {name: summarize(evaluate(each, args, stop_on_signal)) for name, each in actors.items()}
+            for name, each in actors.items():
+                scores[name] = summarize(evaluate(each, ParallelEnvs, args, stop_on_signal))
         if "student" in scores:
             policy["score"] = scores["student"]
             save_atomically(save_path, lambda file: torch.save(policy, file))

@@ -2,13 +2,13 @@
 Distillation (PPD, arXiv 2407.15134), for the scripts that distill it.
 
     python train_teacher.py --env-id Hopper-v4 --save-path runs/teacher.pt
-    python train_teacher.py --env-id HalfCheetah-v4 --seed 200 --total-timesteps 1000000
+    python train_teacher.py --env-id BreakoutNoFrameskip-v4 --seed 200 --size smaller
 
-Any gymnasium environment with a flat Box observation and a flat Box action. Ctrl-C saves the training state,
-`--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. Where the paper is silent, this
-is stable-baselines3's PPO, which it used. What departs from that changes nothing but rounding and random streams:
-threads step the environments, values and log-probabilities of a rollout are computed in one batch after it, and noise
-and shuffles come from one generator, whose state is saved.
+Atari games, and any gymnasium environment with a flat Box observation and a flat Box action. Ctrl-C saves the training
+state, `--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. Where the paper is silent,
+this is stable-baselines3's PPO, which it used. What departs from that changes nothing but rounding and random streams:
+processes and threads step the environments, values and log-probabilities of a rollout are computed in batches after it,
+and noise and shuffles come from one generator, whose state is saved.
 """
 
 import copy
@@ -33,10 +33,12 @@ import zipfile
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from ale_py.vector_env import AtariVectorEnv
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -65,7 +67,7 @@ class Args:
 
     # environment
     env_id: str = "Hopper-v4"
-    """id of the environment"""
+    """id of the environment: …NoFrameskip-v4 or ALE/…-v5, or any with continuous control"""
     num_envs: int = 18
     """parallel environments"""
 
@@ -77,7 +79,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam's learning rate, constant"""
     num_steps: int | None = None
-    """steps per environment and rollout (default: the paper's, 256 for Hopper and Swimmer, else 512)"""
+    """steps per environment and rollout (default: the paper's, 256 for Atari, Hopper and Swimmer, else 512)"""
     gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.9
@@ -91,7 +93,7 @@ class Args:
     clip_coef: float = 0.2
     """epsilon, the clip range of the importance ratio"""
     ent_coef: float | None = None
-    """weight of the entropy bonus (default: the paper's, 0.01 for Hopper and Swimmer, else 0)"""
+    """weight of the entropy bonus (default: the paper's, 0.01 for Atari, Hopper and Swimmer, else 0)"""
     vf_coef: float = 0.5
     """weight of the critic's loss"""
     max_grad_norm: float = 0.5
@@ -108,6 +110,8 @@ class Args:
     """use the GPU where there is one"""
     compile: bool = False
     """torch.compile the networks"""
+    amp: bool = False
+    """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
     """processes that step the environments, 0 for one per core; changes no result"""
     checkpoint_interval: int = 500_000
@@ -115,13 +119,40 @@ class Args:
 
 
 SCRIPT = os.path.basename(__file__)
-SUITE = "continuous"  # the suite of a policy file; Atari and Procgen join here
+KINDS = {"continuous": ["mlp relu", "mlp tanh"]}  # kinds of network in a policy file of each suite of this script
+KINDS |= {"atari": ["nature relu", "impala relu"]}
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py")  # whose versions results depend on
 PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
+    "atari": dict(num_steps=256, ent_coef=0.01),
     "Hopper": dict(num_steps=256, ent_coef=0.01),
     "Swimmer": dict(num_steps=256, ent_coef=0.01),
     "other": dict(num_steps=512, ent_coef=0.0),
 }
-HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}  # Table 4: units of actor and critic
+SIZES = {  # Table 4: kind of network and its widths, for actor and critic alike
+    "continuous": {"smaller": ("mlp", [128, 64]), "same": ("mlp", [256, 256]), "larger": ("mlp", [512, 512])},
+    "atari": {
+        "smaller": ("nature", [32, 32, 32, 128]),
+        "same": ("impala", [16, 32, 32, 256]),
+        "larger": ("impala", [32, 64, 64, 1024]),
+    },
+}
+HUMAN_SCORES = dict(  # of random play and of a human, by game (Agent57, arXiv 2003.13350)
+    alien=(227.8, 7127.7), amidar=(5.8, 1719.5), assault=(222.4, 742), asterix=(210, 8503.3),
+    asteroids=(719.1, 47388.7), atlantis=(12850, 29028.1), bank_heist=(14.2, 753.1), battle_zone=(2360, 37187.5),
+    beam_rider=(363.9, 16926.5), berzerk=(123.7, 2630.4), bowling=(23.1, 160.7), boxing=(0.1, 12.1),
+    breakout=(1.7, 30.5), centipede=(2090.9, 12017), chopper_command=(811, 7387.8), crazy_climber=(10780.5, 35829.4),
+    defender=(2874.5, 18688.9), demon_attack=(152.1, 1971), double_dunk=(-18.6, -16.4), enduro=(0, 860.5),
+    fishing_derby=(-91.7, -38.7), freeway=(0, 29.6), frostbite=(65.2, 4334.7), gopher=(257.6, 2412.5),
+    gravitar=(173, 3351.4), hero=(1027, 30826.4), ice_hockey=(-11.2, 0.9), jamesbond=(29, 302.8), kangaroo=(52, 3035),
+    krull=(1598, 2665.5), kung_fu_master=(258.5, 22736.3), montezuma_revenge=(0, 4753.3), ms_pacman=(307.3, 6951.6),
+    name_this_game=(2292.3, 8049), phoenix=(761.4, 7242.6), pitfall=(-229.4, 6463.7), pong=(-20.7, 14.6),
+    private_eye=(24.9, 69571.3), qbert=(163.9, 13455), riverraid=(1338.5, 17118), road_runner=(11.5, 7845),
+    robotank=(2.2, 11.9), seaquest=(68.4, 42054.7), skiing=(-17098.1, -4336.9), solaris=(1236.3, 12326.7),
+    space_invaders=(148, 1668.7), star_gunner=(664, 10250), surround=(-10, 6.5), tennis=(-23.8, -8.3),
+    time_pilot=(3568, 5229.2), tutankham=(11.4, 167.6), up_n_down=(533.4, 11693.2), venture=(0, 1187.5),
+    video_pinball=(16256.9, 17667.9), wizard_of_wor=(563.5, 4756.5), yars_revenge=(3092.9, 54576.9),
+    zaxxon=(32.5, 9173.3),
+)
 RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
 RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
 
@@ -190,7 +221,7 @@ def make_env(env_id):
         near = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=3, cutoff=0.5)
         hint = f"; nearest known ids: {', '.join(near)}" if near else ""
         reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
-        fail(f"--env-id {env_id}: {reason}; this script takes gymnasium's continuous control{hint}")
+        fail(f"--env-id {env_id}: {reason}{hint}")
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: its {name} space is {space}; this script needs a flat Box")
@@ -243,9 +274,11 @@ class ParallelEnvs:
         processes = min(processes or os.cpu_count(), num_envs)
         shares = [share.tolist() for share in np.array_split(range(num_envs), processes)]
         self.envs = {i: make_env(env_id) for i in shares[0]}
-        self.action_space, obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        (self.action_dim,) = self.action_space.shape
         action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
-        columns = [("obs", float, obs_shape), ("last_obs", float, obs_shape), ("action", *action), ("reward", float)]
+        columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape)]
+        columns += [("action", *action), ("reward", float)]
         columns += [("return", float), ("length", int), ("terminated", bool), ("truncated", bool), ("active", bool)]
         columns = np.dtype(columns, align=True)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -309,6 +342,82 @@ class ParallelEnvs:
             env.close()
 
 
+class AtariEnvs:
+    """`num_envs` Atari games in ALE's own vector environment: its `threads` (0: one per core) repeat every action for 4
+    frames, take the maximum of the last two, grey it, scale it to 84×84 and stack the last 4. The number of threads
+    changes no result.
+
+    A lost life ends an episode for learning, `terminated`, while the game goes on. Many games then wait for FIRE, so
+    the step after a lost life plays it, whatever the action. The return of an episode is the score of a whole game, to
+    its end or to 108,000 frames, where it is truncated."""
+
+    obs_shape = (4, 84, 84)  # uint8, the newest frame last
+
+    def __init__(self, env_id, num_envs, threads=0):
+        gym.register_envs(ale_py)
+        games = [name for name in gym.registry if name.endswith("NoFrameskip-v4") or name.startswith("ALE/")]
+        if env_id not in games:
+            near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4)
+            hint = f"; nearest known ids: {', '.join(near)}" if near else ""
+            fail(f"--env-id {env_id}: no Atari game; known are …NoFrameskip-v4 and ALE/…-v5{hint}")
+        spec = gym.spec(env_id).kwargs
+        self.envs = AtariVectorEnv(
+            spec["game"],
+            num_envs,
+            num_threads=threads,
+            repeat_action_probability=spec["repeat_action_probability"],  # sticky actions: 0.25 in ALE/…-v5, else 0
+            max_num_frames_per_episode=spec["max_num_frames_per_episode"],
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            episodic_life=False,  # which would start the whole game again at every lost life
+            reward_clipping=False,
+        )
+        meanings = list(self.envs.ale.get_action_set())
+        self.action_dim = len(meanings)  # the game's minimal set of actions
+        self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
+
+    def reset(self, seeds):
+        """Start new games, environment i with seeds[i]; the observations, (num_envs, 4, 84, 84) uint8."""
+        obs, info = self.envs.reset(seed=np.array(seeds) % 2**31)  # ALE takes a negative seed for none
+        self.lives, self.life_lost = info["lives"], np.zeros(len(obs), bool)
+        self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
+        return obs
+
+    def step(self, actions, active=True):
+        """Act in every environment.
+
+        actions: (num_envs,) int64. Returns obs (num_envs, 4, 84, 84) uint8, the next observations, those of a new game
+        where one has ended; rewards (num_envs,) float64, unclipped; terminated, by a lost life or the end of the game,
+        and truncated, (num_envs,) bool; last_obs like obs, to be used where truncated: the game's last observations;
+        finished, a list of (environment, score, length) of the games that ended, where the bool array `active` is set.
+        """
+        if not ((actions >= 0) & (actions < self.action_dim)).all():  # ALE would wait for ever
+            raise ValueError(f"actions have to be within 0 and {self.action_dim - 1}: {actions}")
+        if self.fire is not None:
+            actions = np.where(self.life_lost, self.fire, actions)
+        obs, rewards, game_over, truncated, info = self.envs.step(actions)
+        self.returns += rewards
+        self.lengths += 1
+        ended = game_over | truncated
+        # the lives are those of the new game where one has ended; some games (Atlantis) play on with 0
+        self.life_lost = (info["lives"] < self.lives) & (info["lives"] > 0) & ~ended
+        self.lives = info["lives"]
+        where = np.flatnonzero(ended & active)
+        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in where]
+        self.returns[ended], self.lengths[ended] = 0, 0
+        return obs, rewards.astype(float), game_over | self.life_lost, truncated, info.get("final_obs", obs), finished
+
+    def close(self):
+        self.envs.close()
+
+
+def find_suite(env_id):
+    """The suite that an environment belongs to, and the class of its vector environments."""
+    gym.register_envs(ale_py)
+    spec = gym.registry.get(env_id)
+    is_atari = env_id.startswith("ALE/") or spec is not None and str(spec.entry_point).startswith("ale_py")
+    return ("atari", AtariEnvs) if is_atari else ("continuous", ParallelEnvs)
+
+
 # --- NETWORKS ---
 
 
@@ -343,7 +452,7 @@ class RunningMeanStd(nn.Module):
         self.count += len(batch)
 
 
-class Actor(nn.Module):
+class MlpActor(nn.Module):
     """Gaussian policy: a multilayer perceptron for the mean, and a log standard deviation that is the same in every
     state. It carries the statistics that its observations are normalized with."""
 
@@ -367,8 +476,12 @@ class Actor(nn.Module):
         """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions in normalized observations."""
         return self.mean(obs), self.logstd
 
+    def mode(self, obs):
+        """The most probable actions, (n, action_dim), in observations as the environments give them."""
+        return self.mean(self.normalize(obs))
 
-class Critic(nn.Module):
+
+class MlpCritic(nn.Module):
     """State value: a multilayer perceptron of its own."""
 
     def __init__(self, network, generator=None):
@@ -378,6 +491,95 @@ class Critic(nn.Module):
     def forward(self, obs):
         """Values (n,) of normalized observations (n, obs_dim)."""
         return self.value(obs).squeeze(-1)
+
+
+class ResidualUnit(nn.Module):
+    """x + conv(ReLU(conv(ReLU(x)))), two 3×3 convolutions that keep the shape."""
+
+    def __init__(self, filters):
+        super().__init__()
+        self.conv0 = nn.Conv2d(filters, filters, 3, padding=1)
+        self.conv1 = nn.Conv2d(filters, filters, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+
+
+class Cnn(nn.Module):
+    """IMPALA-CNN (arXiv 1802.01561, figure 3, without its LSTM) or Nature-CNN (doi 10.1038/nature14236), and a linear
+    layer on top. widths: three numbers of filters, then the units of the fully connected layer. With a generator,
+    weights start orthogonal, with gain √2 in the body and output_gain in the last layer, and biases at 0."""
+
+    amp = False  # of all networks: compute the body in bfloat16
+
+    def __init__(self, kind, obs_shape, widths, outputs, output_gain, generator=None):
+        super().__init__()
+        *filters, units = widths
+        channels, size, _ = obs_shape  # square
+        layers = []
+        if kind == "nature":
+            for width, (kernel, stride) in zip(filters, [(8, 4), (4, 2), (3, 1)], strict=True):
+                layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
+                channels, size = width, (size - kernel) // stride + 1
+        else:
+            for width in filters:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+                layers += [ResidualUnit(width), ResidualUnit(width)]
+                channels, size = width, (size + 1) // 2
+            layers += [nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, units), nn.ReLU())
+        self.head = nn.Linear(units, outputs)
+        for layer in self.modules() if generator else []:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, output_gain if layer is self.head else math.sqrt(2), generator)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs):
+        """Outputs (n, outputs) float32 for pixels (n, channels, size, size) uint8."""
+        pixels = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # twice as fast as the default format
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
+            features = self.body(pixels)
+        return self.head(features.float())
+
+
+class CnnActor(nn.Module):
+    """Categorical policy over a game's actions."""
+
+    def __init__(self, network, generator=None):
+        super().__init__()
+        sizes = network["obs_shape"], network["actor_hidden"], network["action_dim"]
+        self.logits = Cnn(network["kind"], *sizes, 0.01, generator)
+
+    def normalize(self, obs):
+        """Observations as the networks see them: bytes, which are pixels / 255 only within the networks."""
+        return obs
+
+    def forward(self, obs):
+        """Logits (n, action_dim) of the actions in observations (n, *obs_shape) uint8."""
+        return self.logits(obs)
+
+    def mode(self, obs):
+        """The most probable actions, (n,) int64."""
+        return self(obs).argmax(-1)
+
+
+class CnnCritic(nn.Module):
+    """State value: a network of its own."""
+
+    def __init__(self, network, generator=None):
+        super().__init__()
+        self.value = Cnn(network["kind"], network["obs_shape"], network["critic_hidden"], 1, 1.0, generator)
+
+    def forward(self, obs):
+        """Values (n,) of observations (n, *obs_shape) uint8."""
+        return self.value(obs).squeeze(-1)
+
+
+def make_networks(network, generator=None):
+    """Actor and critic as the `network` of a policy file describes them; with a generator, newly initialized."""
+    if network["kind"] == "mlp":
+        return MlpActor(network, generator), MlpCritic(network, generator)
+    return CnnActor(network, generator), CnnCritic(network, generator)
 
 
 # --- CHECKPOINT ---
@@ -491,32 +693,38 @@ def fill_module(module, tensors, path, field):
 
 
 def check_policy(policy, path):
-    """Refuse what is no policy dict of this suite."""
+    """Refuse what is no policy dict of a suite of this script."""
     if "policy" in policy:
         fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
     check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
-    if policy["suite"] != SUITE:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {SUITE}")
+    if policy["suite"] not in KINDS:
+        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {', '.join(KINDS)}")
 
 
-def load_policy(policy, path, obs_shape, action_dim):
+def load_policy(policy, path, suite, obs_shape, action_dim):
     """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
-    `path`. It is refused unless it fits the script's suite and the environment's observations and actions."""
+    `path`. It is refused unless it fits the environment's suite, observations and actions."""
     check_policy(policy, path)
+    if policy["suite"] != suite:
+        fail(f"{path}: field suite: a policy for {policy['suite']}, but the environment is one of {suite}")
     network = policy["network"]
     check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
     check_fields(network, path, action_dim=int)
     hidden = network["actor_hidden"] + network["critic_hidden"]
-    if network["kind"] != "mlp" or network["activation"] not in ("relu", "tanh"):
-        fail(f"{path}: field network: unknown kind {network['kind']!r} or activation {network['activation']!r}")
+    kind = f"{network['kind']} {network['activation']}"
+    if kind not in KINDS[suite]:
+        fail(f"{path}: field network: kind and activation are {kind!r}, known are {', '.join(KINDS[suite])}")
     if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
         fail(f"{path}: field network: hidden widths have to be positive integers")
     if not all(type(n) is int for n in network["obs_shape"]) or network["obs_shape"] != list(obs_shape):
         fail(f"{path}: field network.obs_shape: {network['obs_shape']}, but the environment's is {list(obs_shape)}")
     if network["action_dim"] != action_dim:
         fail(f"{path}: field network.action_dim: {network['action_dim']}, but the environment's is {action_dim}")
-    with torch.device("meta"):
-        actor, critic, return_rms = Actor(network), Critic(network), RunningMeanStd()
+    try:
+        with torch.device("meta"):
+            (actor, critic), return_rms = make_networks(network), RunningMeanStd()
+    except ValueError:
+        fail(f"{path}: field network: no {kind} network has the hidden widths {hidden}")
     fill_module(actor, policy["actor"], path, "actor")
     fill_module(critic, policy["critic"], path, "critic")
     if policy.get("return_rms") is None:
@@ -599,8 +807,7 @@ def plain(module):
 @functools.cache
 def versions():
     """The versions that a result depends on."""
-    packages = ("torch", "numpy", "gymnasium", "mujoco")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 class Signals:
@@ -650,6 +857,27 @@ def gaussian_entropy(logstd):
     return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
+def categorical_logprob(actions, logits):
+    """log π(a|s): actions (…,) int64, logits (…, action_dim) to (…)."""
+    return torch.log_softmax(logits, -1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def categorical_entropy(logits):
+    """Entropy of the policy in nats: (…, action_dim) to (…)."""
+    logprobs = torch.log_softmax(logits, -1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def policy_logprob(actions, policy):
+    """log π(a|s) of what an actor returns: mean and log standard deviation, or logits."""
+    return gaussian_logprob(actions, *policy) if type(policy) is tuple else categorical_logprob(actions, policy)
+
+
+def policy_entropy(policy):
+    """Mean entropy over the states of what an actor returns: mean and log standard deviation, or logits."""
+    return gaussian_entropy(policy[1]) if type(policy) is tuple else categorical_entropy(policy).mean()
+
+
 def ppo_loss(logratio, advantages, clip_coef, norm_adv):
     """The clipped surrogate objective (arXiv 1707.06347, eq. 7) as a loss: -mean min(ρ Â, clip(ρ, 1-ε, 1+ε) Â).
 
@@ -670,22 +898,26 @@ def ratio_metrics(logratio, clip_coef):
 
 
 @torch.no_grad()
-def evaluate(actor, args, on_step=lambda: None):
+def evaluate(actor, make_envs, args, on_step=lambda: None):
     """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
+    make_envs: the class of the suite's environments.
 
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
+    device = next(actor.parameters()).device
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
-    envs = ParallelEnvs(args.env_id, num_envs, args.env_threads)
+    envs = make_envs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
-        mean, _ = actor(actor.normalize(torch.from_numpy(obs).to(actor.logstd.device)))
-        obs, _, _, _, _, finished = envs.step(mean.cpu().numpy(), active)
+        chosen = actor.mode(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
+        actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
+        actions[active] = chosen
+        obs, _, _, _, _, finished = envs.step(actions, active)
         for i, episode_return, _ in finished:
             returns[i].append(episode_return)
     envs.close()
@@ -696,6 +928,12 @@ def evaluate(actor, args, on_step=lambda: None):
 def summarize(returns):
     """Mean, standard deviation, number and list of episodic returns, for result.json."""
     return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
+
+
+def normalize_score(score, env_id):
+    """The human-normalized score of an Atari game, 0 for random play and 1 for a human's; None without a human's."""
+    random, human = HUMAN_SCORES.get(gym.spec(env_id).kwargs["game"], (None, None))
+    return None if random is None else (score - random) / (human - random)
 
 
 def main(args):
@@ -709,7 +947,9 @@ def main(args):
         fail("--total-timesteps 0 only evaluates: name a run with --resume")
     save_path = args.save_path or os.path.join(run_folder or "runs", "teacher.pt")
     check_save_path(args, save_path)
-    settings = PAPER_SETTINGS.get(args.env_id.split("-")[0], PAPER_SETTINGS["other"])
+    suite, make_envs = find_suite(args.env_id)
+    family = "atari" if suite == "atari" else args.env_id.split("-")[0]
+    settings = PAPER_SETTINGS.get(family, PAPER_SETTINGS["other"])
     settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **settings)
     check_numbers(args)
@@ -718,9 +958,10 @@ def main(args):
             import wandb
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
-    probe = make_env(args.env_id)
-    (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
+    probe = make_envs(args.env_id, 1)
+    obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
+    Cnn.amp = args.amp
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -731,13 +972,14 @@ def main(args):
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
     progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
     if resumed:
-        actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, [obs_dim], action_dim)
+        actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, suite, obs_shape, action_dim)
         network = resumed["policy"]["network"]
         return_rms, progress = return_rms or RunningMeanStd(), resumed["progress"]
     else:
-        network = dict(kind="mlp", activation="relu", actor_hidden=HIDDEN[args.size], critic_hidden=HIDDEN[args.size])
-        network |= dict(obs_shape=[obs_dim], action_dim=action_dim)
-        actor, critic, return_rms = Actor(network, generator), Critic(network, generator), RunningMeanStd()
+        kind, widths = SIZES[suite][args.size]
+        network = dict(kind=kind, activation="relu", actor_hidden=widths, critic_hidden=widths)
+        network |= dict(obs_shape=list(obs_shape), action_dim=action_dim)
+        (actor, critic), return_rms = make_networks(network, generator), RunningMeanStd()
     actor, critic = actor.to(device), critic.to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
@@ -765,7 +1007,7 @@ def main(args):
     signals, start_time = Signals(), time.time() - progress["wall_seconds"]
 
     def make_policy():
-        policy = dict(format=FORMAT, suite=SUITE, env_id=args.env_id, network=network, actor=plain(actor))
+        policy = dict(format=FORMAT, suite=suite, env_id=args.env_id, network=network, actor=plain(actor))
         policy |= dict(critic=plain(critic), return_rms=plain(return_rms), global_step=progress["global_step"])
         return policy | dict(args=dataclasses.asdict(args), versions=versions())
 
@@ -790,19 +1032,21 @@ def main(args):
             raise SystemExit(128 + signals.stop)
 
     # TRAINING
-    T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
-    obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
+    T, N, A, discrete = args.num_steps, args.num_envs, action_dim, suite == "atari"
+    obs_b = torch.zeros((T, N, *obs_shape), dtype=torch.uint8 if discrete else torch.float32, device=device)
+    outputs_b = torch.zeros((T, N, A), device=device)  # the actor's: logits, or means
+    actions_b = torch.zeros((T, N), dtype=torch.int64, device=device) if discrete else torch.zeros_like(outputs_b)
     rewards_b, return_vars_b = torch.zeros((T, N), dtype=torch.float64), torch.zeros((T, 1), dtype=torch.float64)
     ended_b = torch.zeros((T, N), dtype=torch.bool)
     start_step = saved_step = global_step = progress["global_step"]
     state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
-    envs = ParallelEnvs(args.env_id, N, args.env_threads)
+    envs = make_envs(args.env_id, N, args.env_threads)
     running_return = torch.zeros(N, dtype=torch.float64)  # of the episodes under way, discounted by 0.99 for any gamma
     pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
     bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
     try:
         raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
-        if global_step < last_step:
+        if global_step < last_step and not discrete:
             actor.obs_rms.update(raw_obs)
         obs = actor.normalize(raw_obs)
         while global_step < last_step:
@@ -810,19 +1054,23 @@ def main(args):
 
             # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
             torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-            noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
+            if discrete:  # the largest of logits plus Gumbel noise is a sample of their softmax
+                noise = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
+            else:
+                noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
             returns_b, lengths_b = [], []  # of the episodes that end in this rollout
             final_obs = {}  # (step, environment): last observation of an episode that was truncated there
             for step in range(T):
                 stop_on_signal()
                 with torch.no_grad():
-                    mean, _ = actor(obs)
-                    action = mean + noise[step]
-                obs_b[step], actions_b[step], means_b[step] = obs, action, mean
+                    output = actor(obs) if discrete else actor(obs)[0]
+                    action = (output + noise[step]).argmax(-1) if discrete else output + noise[step]
+                obs_b[step], actions_b[step], outputs_b[step] = obs, action, output
                 raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(action.cpu().numpy())
                 global_step += N
                 raw_obs = torch.from_numpy(raw_obs).to(device)
-                actor.obs_rms.update(raw_obs)
+                if not discrete:
+                    actor.obs_rms.update(raw_obs)
                 obs = actor.normalize(raw_obs)
                 for i in np.flatnonzero(truncated & ~terminated):
                     final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
@@ -838,8 +1086,9 @@ def main(args):
             # ADVANTAGE
             torch.set_num_threads(update_threads)
             with torch.no_grad():
-                logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
-                values = critic(obs_b.flatten(0, 1)).view(T, N)
+                logprobs = policy_logprob(actions_b, outputs_b if discrete else (outputs_b, actor.logstd))
+                batches = obs_b.flatten(0, 1).split(args.minibatch_size)  # a whole rollout of pixels is too much
+                values = torch.cat([critic(batch) for batch in batches]).view(T, N)
                 next_values = torch.cat([values[1:], critic(obs)[None]])
                 rewards = torch.clamp(rewards_b / torch.sqrt(return_vars_b + 1e-8), -10, 10).float().to(device)
                 ended = ended_b.to(device)
@@ -857,10 +1106,10 @@ def main(args):
                 for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
                     stop_on_signal()
                     mb_obs = b_obs[mb]
-                    mean, logstd = actor(mb_obs)
-                    logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
+                    policy = actor(mb_obs)
+                    logratio = policy_logprob(b_actions[mb], policy) - b_logprobs[mb]
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
-                    entropy = gaussian_entropy(logstd)
+                    entropy = policy_entropy(policy)
                     optimizer.zero_grad()
                     (pg_loss - args.ent_coef * entropy).backward()  # one network after the other: less memory
                     v_loss = nn.functional.mse_loss(critic(mb_obs), b_returns[mb])
@@ -886,7 +1135,7 @@ def main(args):
             bar.update(T * N)
             bar.set_postfix_str(f"return {np.mean(progress['last_returns'] or [math.nan]):.1f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < T * N:
-                evaluated = summarize(evaluate(actor, args, stop_on_signal))
+                evaluated = summarize(evaluate(actor, make_envs, args, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
             state = make_training_state()
@@ -903,14 +1152,16 @@ def main(args):
             save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes")
-            scores["teacher"] = policy["score"] = summarize(evaluate(actor, args, stop_on_signal))
+            scores["teacher"] = policy["score"] = summarize(evaluate(actor, make_envs, args, stop_on_signal))
+            if suite == "atari":
+                policy["score"]["human_normalized"] = normalize_score(policy["score"]["mean"], args.env_id)
             save_atomically(save_path, lambda file: torch.save(policy, file))
     except FloatingPointError as error:
         raise SystemExit(f"{SCRIPT}: error: non-finite {error} at step {global_step}") from None
     finally:
         bar.close()
         envs.close()
-    result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, size=args.size)
+    result = dict(script=SCRIPT, suite=suite, env_id=args.env_id, seed=args.seed, size=args.size)
     result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
     result |= dict(wall_seconds=time.time() - start_time, **scores, eval_curve=progress["eval_curve"])
     result |= dict(args=dataclasses.asdict(args), versions=versions())
@@ -921,7 +1172,7 @@ def main(args):
     if args.eval_episodes:
         print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**scores["teacher"]))
     print(f"saved {save_path}; distill it:")
-    print(f"  python ppd_continuous.py --env-id {args.env_id} --teacher {save_path}")
+    print(f"  python ppd_{suite}.py --env-id {args.env_id} --teacher {save_path}")
 
 
 if __name__ == "__main__":

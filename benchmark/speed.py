@@ -112,7 +112,9 @@ def measure_networks(script, state, checkpoint, rollout_threads, device):
     steps, num_envs, amp = args["num_steps"], args["num_envs"], args.get("amp", False)
 
     def load(policy):
-        actor, critic, _ = script.load_policy(policy, checkpoint, shape, policy["network"]["action_dim"])
+        actor, critic, _ = script.load_policy(
+            policy, checkpoint, policy["suite"], shape, policy["network"]["action_dim"]
+        )
         return actor.to(device), critic.to(device)
 
     actor, critic = load(state["policy"])

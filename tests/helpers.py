@@ -15,7 +15,7 @@ def make_policy_file(path, module, env_id="InvertedPendulum-v4", seed=0, hidden=
     generator = torch.Generator().manual_seed(seed)
     network = dict(kind="mlp", activation=activation, actor_hidden=list(hidden), critic_hidden=list(hidden))
     network |= dict(obs_shape=[obs_dim], action_dim=action_dim)
-    actor, critic = module.Actor(network, generator), module.Critic(network, generator)
+    actor, critic = module.MlpActor(network, generator), module.MlpCritic(network, generator)
     return_rms = module.RunningMeanStd()
     with torch.no_grad():
         actor.mean[-1].weight *= 50  # actions that differ from state to state
@@ -23,11 +23,27 @@ def make_policy_file(path, module, env_id="InvertedPendulum-v4", seed=0, hidden=
     statistics = torch.Generator().manual_seed(123)
     actor.obs_rms.update(torch.randn((100, obs_dim), generator=statistics, dtype=torch.float64) * 0.5 + 0.1)
     return_rms.update(torch.randn(100, generator=statistics, dtype=torch.float64) * 3)
-    policy = dict(format=module.FORMAT, suite=module.SUITE, env_id=env_id, network=network, actor=module.plain(actor))
+    policy = dict(format=module.FORMAT, suite="continuous", env_id=env_id, network=network, actor=module.plain(actor))
     policy |= dict(critic=module.plain(critic), return_rms=module.plain(return_rms), global_step=0)
     policy |= dict(args=dataclasses.asdict(module.Args(env_id=env_id)), versions=module.versions())
     policy |= changes
     policy = {name: value for name, value in policy.items() if value is not None or name == "return_rms"}
+    module.save_atomically(path, lambda file: torch.save(policy, file))
+    return str(path)
+
+
+def make_atari_file(path, module, env_id="BreakoutNoFrameskip-v4", seed=0, kind="nature", widths=(4, 4, 4, 16)):
+    """The same for an Atari game, with small random networks whose policy differs from state to state."""
+    envs = module.AtariEnvs(env_id, 1)
+    network = dict(kind=kind, activation="relu", actor_hidden=list(widths), critic_hidden=list(widths))
+    network |= dict(obs_shape=list(envs.obs_shape), action_dim=envs.action_dim)
+    envs.close()
+    actor, critic = module.make_networks(network, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        actor.logits.head.weight *= 100
+    policy = dict(format=module.FORMAT, suite="atari", env_id=env_id, network=network, actor=module.plain(actor))
+    policy |= dict(critic=module.plain(critic), return_rms=None, global_step=0, versions=module.versions())
+    policy |= dict(args=dataclasses.asdict(module.Args(env_id=env_id)))
     module.save_atomically(path, lambda file: torch.save(policy, file))
     return str(path)
 

@@ -12,6 +12,7 @@ SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists
 MAY_DIFFER = {
     "Args": "each script has the flags that do something in it",
     "main": "the loop is what a script is for",
+    "make_networks": "each suite has its own networks",
 }
 
 

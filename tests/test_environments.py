@@ -286,7 +286,7 @@ def numpy_normalize(obs, mean, var):
 
 def test_normalized_observations(script):
     network = dict(obs_shape=[3], actor_hidden=[4], action_dim=2, activation="relu")
-    actor = script.Actor(network)
+    actor = script.MlpActor(network)
     rng = np.random.default_rng(0)
     batches = [rng.normal([0, 100, 5], [1, 20, 0], size=(18, 3)) for _ in range(3)]
     obs = rng.normal([0, 100, 5], [8, 20, 1], size=(500, 3))
@@ -333,7 +333,7 @@ def test_what_a_rollout_holds(case, scripted, folder, monkeypatch):
     critics, rollouts, collected = [], [], []
     compute_advantages, gaussian_logprob = script.compute_advantages, script.gaussian_logprob
 
-    class RecordedCritic(script.Critic):
+    class RecordedCritic(script.MlpCritic):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             critics.append(self)
@@ -347,7 +347,7 @@ def test_what_a_rollout_holds(case, scripted, folder, monkeypatch):
             collected.append((actions.clone(), mean.clone(), logstd.detach().clone()))
         return gaussian_logprob(actions, mean, logstd)
 
-    monkeypatch.setattr(script, "Critic", RecordedCritic)
+    monkeypatch.setattr(script, "MlpCritic", RecordedCritic)
     monkeypatch.setattr(script, "compute_advantages", recorded_advantages)
     monkeypatch.setattr(script, "gaussian_logprob", recorded_logprob)
     sizes = dict(num_envs=ENVS, num_steps=STEPS, total_timesteps=ROLLOUTS * STEPS * ENVS, minibatch_size=10)
@@ -410,14 +410,12 @@ def test_what_a_rollout_holds(case, scripted, folder, monkeypatch):
 class Linear:
     """In place of an actor: its action is a part of the normalized observation."""
 
-    logstd = torch.zeros(2)
+    def parameters(self):
+        yield torch.zeros(2)
 
-    def normalize(self, obs):
-        return obs.float() / 100
-
-    def __call__(self, obs):
+    def mode(self, obs):
         assert not torch.is_grad_enabled()
-        return obs[:, :2], self.logstd
+        return obs[:, :2].float() / 100
 
 
 @pytest.mark.parametrize("episodes", [1, 3, 30, 50])
@@ -428,7 +426,7 @@ def test_every_environment_plays_its_quota(script, scripted, episodes):
         scripted.schedule |= {(i, k): ("terminated", "truncated")[i % 2] for k in range(length - 1, 99, length)}
     calls = []
     args = script.Args(env_id="Scripted-v0", eval_episodes=episodes, env_threads=1)
-    returns = script.evaluate(Linear(), args, on_step=lambda: calls.append(None))
+    returns = script.evaluate(Linear(), script.ParallelEnvs, args, on_step=lambda: calls.append(None))
     num_envs = min(episodes, 25)
     quotas = {i: episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)}
     assert len(returns) == sum(quotas.values()) == episodes and len(scripted.made) == num_envs
@@ -447,12 +445,12 @@ def test_every_environment_plays_its_quota(script, scripted, episodes):
 
 def test_evaluation_repeats_and_takes_no_global_randomness(script):
     network = dict(obs_shape=[4], actor_hidden=[8], action_dim=1, activation="tanh")
-    actor = script.Actor(network, torch.Generator().manual_seed(0))
+    actor = script.MlpActor(network, torch.Generator().manual_seed(0))
     args = script.Args(env_id="InvertedPendulum-v4", eval_episodes=6, env_threads=1)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    first, second = script.evaluate(actor, args), script.evaluate(actor, args)
+    first, second = script.evaluate(actor, script.ParallelEnvs, args), script.evaluate(actor, script.ParallelEnvs, args)
     args.seed = 200
-    other = script.evaluate(actor, args)
+    other = script.evaluate(actor, script.ParallelEnvs, args)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert first == second != other and len(set(first)) > 1

@@ -111,12 +111,12 @@ def test_round_trip(folder):
     path = make_policy_file("p.pt", ppd_continuous, activation="tanh")
     content = ppd_continuous.read_file(path)
     assert same(content, torch.load(path, weights_only=True))
-    actor, critic, return_rms = ppd_continuous.load_policy(content, path, [4], 1)
+    actor, critic, return_rms = ppd_continuous.load_policy(content, path, "continuous", [4], 1)
     policy = dict(content, actor=ppd_continuous.plain(actor), critic=ppd_continuous.plain(critic))
     policy |= dict(return_rms=ppd_continuous.plain(return_rms))
     ppd_continuous.save_atomically("q.pt", lambda file: torch.save(policy, file))
     assert same(ppd_continuous.read_file("q.pt"), content)
-    again, critic_again, _ = train_teacher.load_policy(train_teacher.read_file("q.pt"), "q.pt", [4], 1)
+    again, critic_again, _ = train_teacher.load_policy(train_teacher.read_file("q.pt"), "q.pt", "continuous", [4], 1)
     obs = torch.randn((100, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 20
     assert torch.equal(again.normalize(obs), actor.normalize(obs))
     assert torch.equal(again(actor.normalize(obs))[0], actor(actor.normalize(obs))[0])
@@ -475,7 +475,7 @@ def test_deep_nesting(folder, start, capsys):
     sys.setrecursionlimit(limit)
     pathlib.Path("d.pt").write_bytes(data)
     content = outcome("d.pt")
-    assert content is None or ppd_continuous.load_policy(content, "d.pt", [4], 1)
+    assert content is None or ppd_continuous.load_policy(content, "d.pt", "continuous", [4], 1)
 
 
 @pytest.mark.parametrize("damage", [two_directories, doubled_names])

@@ -30,7 +30,7 @@ def test_snippet(tmp_path, monkeypatch, activation, normalized):
     names["export"](model, "InvertedPendulum-v4", "foreign.pt", envs if normalized else None)
 
     file = ppd_continuous.read_file("foreign.pt")
-    actor, critic, return_rms = ppd_continuous.load_policy(file, "foreign.pt", [4], 1)
+    actor, critic, return_rms = ppd_continuous.load_policy(file, "foreign.pt", "continuous", [4], 1)
     obs = np.random.default_rng(0).normal(size=(50, 4)) * 3
     seen = torch.as_tensor(envs.normalize_obs(obs) if normalized else obs, dtype=torch.float32)
     with torch.no_grad():

@@ -176,7 +176,7 @@ def test_gradient_of_the_whole_update(folder, monkeypatch, kl_mode):
         teacher_path = make_policy_file("teacher.pt", script, "Swimmer-v4")
         coefficients |= dict(teacher=teacher_path, distill_lambda=0.7, kl=kl_mode)
     calls, originals = {}, {name: getattr(script, name) for name in ("gaussian_logprob", "compute_advantages")}
-    forward, clip_grad_norm = script.Actor.forward, torch.nn.utils.clip_grad_norm_
+    forward, clip_grad_norm = script.MlpActor.forward, torch.nn.utils.clip_grad_norm_
 
     def recorded_logprob(actions, mean, logstd):
         if mean.requires_grad:
@@ -202,11 +202,11 @@ def test_gradient_of_the_whole_update(folder, monkeypatch, kl_mode):
 
     monkeypatch.setattr(script, "gaussian_logprob", recorded_logprob)
     monkeypatch.setattr(script, "compute_advantages", recorded_advantages)
-    monkeypatch.setattr(script.Actor, "forward", recorded_forward)
+    monkeypatch.setattr(script.MlpActor, "forward", recorded_forward)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
     policy = train_briefly(script, **coefficients)  # each record is left with the last rollout, or minibatch
 
-    actor, critic = script.Actor(policy["network"]).double(), script.Critic(policy["network"]).double()
+    actor, critic = script.MlpActor(policy["network"]).double(), script.MlpCritic(policy["network"]).double()
     parameters = [*actor.parameters(), *critic.parameters()]
     for parameter, weight in zip(parameters, calls["weights"], strict=True):
         parameter.data.copy_(weight)
@@ -229,7 +229,7 @@ def test_gradient_of_the_whole_update(folder, monkeypatch, kl_mode):
     loss += -0.03 * student.entropy().mean() + 0.4 * torch.nn.functional.mse_loss(returns, critic(obs))
     if kl_mode != "none":
         file = script.read_file(teacher_path)
-        teacher = distribution(*script.load_policy(file, teacher_path, [8], 2)[0].double()(obs))
+        teacher = distribution(*script.load_policy(file, teacher_path, "continuous", [8], 2)[0].double()(obs))
         pair = (teacher, student) if kl_mode == "forward" else (student, teacher)
         divergence = distributions.sum_independent_dims(distributions.kl_divergence(*pair))
         loss += 0.7 * torch.mean(torch.clamp(ratio, 1 - clip_range, None) * divergence)
@@ -289,20 +289,20 @@ def test_kl_of_equal_policies(direction):
 @pytest.mark.parametrize("size, thousands", [("smaller", 22.7), ("same", 95.8), ("larger", 322.7)])
 def test_parameter_counts_of_table_4(size, thousands):
     """Means over Ant, HalfCheetah, Hopper and Humanoid."""
-    hidden = train_teacher.HIDDEN[size]
+    hidden = train_teacher.SIZES["continuous"][size][1]
     assert ppd_continuous.HIDDEN.get(size, hidden) == hidden
     counts = []
     for obs_dim, action_dim in [(27, 8), (17, 6), (11, 3), (376, 17)]:
         network = dict(obs_shape=[obs_dim], actor_hidden=hidden, action_dim=action_dim, activation="relu")
         with torch.device("meta"):
-            counts.append(sum(parameter.numel() for parameter in train_teacher.Actor(network).mean.parameters()))
+            counts.append(sum(parameter.numel() for parameter in train_teacher.MlpActor(network).mean.parameters()))
     assert round(np.mean(counts) / 1000, 1) == thousands
 
 
 def test_initial_networks(script):
     network = dict(obs_shape=[11], actor_hidden=[64, 32], critic_hidden=[20, 48], action_dim=3, activation="relu")
     generator = torch.Generator().manual_seed(0)
-    actor, critic = script.Actor(network, generator), script.Critic(network, generator)
+    actor, critic = script.MlpActor(network, generator), script.MlpCritic(network, generator)
     assert (actor.logstd == 0).all()
     for network, output_gain in ((actor.mean, 0.01), (critic.value, 1)):
         linear = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
@@ -318,7 +318,7 @@ def test_initial_networks(script):
 
 def test_first_ratio_of_every_rollout_is_one(script, folder, monkeypatch):
     changes = dict(teacher=make_policy_file("teacher.pt", script)) if script is ppd_continuous else {}
-    ratios, statistics, loss, normalize = [], [], script.ppo_loss, script.Actor.normalize
+    ratios, statistics, loss, normalize = [], [], script.ppo_loss, script.MlpActor.normalize
 
     def recorded_loss(logratio, *rest):
         ratios.append(logratio.detach().exp())
@@ -329,7 +329,7 @@ def test_first_ratio_of_every_rollout_is_one(script, folder, monkeypatch):
         return normalize(actor, obs)
 
     monkeypatch.setattr(script, "ppo_loss", recorded_loss)
-    monkeypatch.setattr(script.Actor, "normalize", recorded_normalize)
+    monkeypatch.setattr(script.MlpActor, "normalize", recorded_normalize)
     train_briefly(script, learning_rate=0.01, total_timesteps=5 * 64, **changes)
     first = ratios[::8]  # of 2 epochs of 4 minibatches
     assert len(ratios) == 40 and [len(ratio) for ratio in ratios[:4]] == [20, 20, 20, 4]
