@@ -83,7 +83,7 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def time_passes(module, obs_shape, batch_sizes, device, backward, amp):
+def time_passes(module, obs_shape, batch_sizes, device, backward):
     """Seconds of one forward pass (and one backward pass) for each of `batch_sizes`, on random observations: the median
     over repetitions, after some that do not count."""
     batches = []
@@ -95,7 +95,7 @@ def time_passes(module, obs_shape, batch_sizes, device, backward, amp):
         synchronize(device)
         start = time.perf_counter()
         for obs in batches:
-            with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.set_grad_enabled(backward):
                 outputs = module(obs)
             if backward:
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -109,27 +109,25 @@ def time_passes(module, obs_shape, batch_sizes, device, backward, amp):
 def measure_networks(script, state, checkpoint, rollout_threads, device):
     """The floor of inference and update, in seconds per rollout: as many passes of networks of the same shapes."""
     args, shape = state["args"], state["policy"]["network"]["obs_shape"]
-    steps, num_envs, amp = args["num_steps"], args["num_envs"], args.get("amp", False)
+    steps, num_envs = args["num_steps"], args["num_envs"]
 
     def load(policy):
-        actor, critic, _ = script.load_policy(
-            policy, checkpoint, policy["suite"], shape, policy["network"]["action_dim"]
-        )
+        spaces = policy["suite"], shape, policy["network"]["action_dim"]
+        actor, critic, _ = script.load_policy(policy, checkpoint, *spaces)
         return actor.to(device), critic.to(device)
 
     actor, critic = load(state["policy"])
     update_threads = torch.get_num_threads()
     torch.set_num_threads(rollout_threads)
-    inference = steps * time_passes(actor, shape, [num_envs], device, False, amp)
+    inference = steps * time_passes(actor, shape, [num_envs], device, False)
     torch.set_num_threads(update_threads)
-    samples = steps * num_envs
-    update = time_passes(critic, shape, [samples, num_envs], device, False, amp)
-    if "teacher" in state:
-        update += time_passes(load(state["teacher"])[0], shape, [samples], device, False, amp)
-    size = args["minibatch_size"]
+    samples, size = steps * num_envs, args["minibatch_size"]
     minibatches = [min(size, samples - first) for first in range(0, samples, size)]
+    update = time_passes(critic, shape, [*minibatches, num_envs], device, False)
+    if "teacher" in state:
+        update += time_passes(load(state["teacher"])[0], shape, minibatches, device, False)
     for module in (actor, critic):
-        update += args["update_epochs"] * time_passes(module, shape, minibatches, device, True, amp)
+        update += args["update_epochs"] * time_passes(module, shape, minibatches, device, True)
     return inference, update
 
 
@@ -154,17 +152,18 @@ def measure(path, argv, seconds):
             os.mkdir("untrained")  # its run stays out of the way of the measured one
             subprocess.run(command, check=True, capture_output=True, cwd="untrained")
             argv += ["--teacher", "teacher.pt"]
-        script = load_script(path)
+        script, watches = load_script(path), []
         for name, value in list(vars(script).items()):
             if isinstance(value, type) and value.__module__ == script.__name__ and hasattr(value, "step"):
-                watch = Stopwatch(value, seconds)
-                setattr(script, name, watch)
+                watches.append(Stopwatch(value, seconds))
+                setattr(script, name, watches[-1])
         update_threads = torch.get_num_threads()
         try:
             script.main(script.parse_args([*argv, "--total-timesteps", str(10**9), "--eval-episodes", "0"]))
         except SystemExit as stop:
             if stop.code != 128 + signal.SIGTERM:
                 raise
+        (watch,) = [watch for watch in watches if watch.times]  # that of the environment's suite
         peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         torch.set_num_threads(update_threads)
         checkpoint = os.path.join("runs", os.listdir("runs")[0], "checkpoint.pt")

@@ -597,8 +597,8 @@ def test_file_of_the_other_kind(folder, start, capsys, script):
 INPUTS = [  # (which script, arguments, words of the refusal)
     ("both", "--env-id InvertedPendulun-v4", "InvertedPendulum-v4"),
     ("both", "--env-id Nothing-v0", "Nothing-v0"),
-    ("both", "--env-id ALE/Pong-v5", "ALE/Pong-v5"),
-    ("both", "--env-id PongNoFrameskip-v4", "PongNoFrameskip-v4"),
+    ("distill", "--env-id ALE/Pong-v5", "ALE/Pong-v5"),
+    ("distill", "--env-id PongNoFrameskip-v4", "PongNoFrameskip-v4"),
     ("both", "--env-id CartPole-v1", "CartPole-v1: its action space"),
     ("both", "--env-id FrozenLake-v1", "FrozenLake-v1: its observation space"),
     ("both", "--num-envs 0", "--num-envs 0"),
