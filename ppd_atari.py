@@ -15,6 +15,7 @@ others (λ, networks, rollout, γ, entropy); where the paper is silent, the libr
 """
 
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -128,7 +129,7 @@ class Args:
     """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
     """threads that step the environments, 0 for one per core; changes no result"""
-    checkpoint_interval: int = 500_000
+    checkpoint_interval: int = 50_000
     """environment steps between saves of the training state"""
 
 
@@ -207,6 +208,15 @@ def derive_seeds(seed, stream, count, step=0):
     the step at which it was resumed, as a list of ints."""
     entropy = [seed, int.from_bytes(stream.encode(), "big"), step]
     return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
+
+
+def keep_freed_memory():
+    """Have the C library (glibc) keep the large blocks that are freed. It gives them back to the system at once, and on
+    the CPU getting their pages again takes up to half of a convolutional network's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 # --- ENVIRONMENT ---
@@ -797,6 +807,7 @@ def main(args):
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
     Cnn.amp = args.amp
+    keep_freed_memory()
     spaces = SUITE, obs_shape, action_dim
     teacher_actor, _, _ = load_policy(teacher, teacher_path, *spaces)
     teacher_actor.requires_grad_(False)
@@ -805,9 +816,8 @@ def main(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-    update_threads = torch.get_num_threads()
 
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
     progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
@@ -894,7 +904,6 @@ def main(args):
             iteration_start = time.time()
 
             # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
-            torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
             gumbel = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
             returns_b, lengths_b = [], []  # of the episodes that end in this rollout
             final_obs = {}  # (step, environment): last observation of an episode that was truncated there
@@ -919,7 +928,6 @@ def main(args):
                     lengths_b.append(episode_length)
 
             # ADVANTAGE
-            torch.set_num_threads(update_threads)
             with torch.no_grad():
                 logprobs = categorical_logprob(actions_b, logits_b)
                 batches = obs_b.flatten(0, 1).split(args.minibatch_size)  # a whole rollout of pixels is too much

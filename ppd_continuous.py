@@ -823,7 +823,7 @@ def main(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     update_threads = torch.get_num_threads()
 

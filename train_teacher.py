@@ -12,6 +12,7 @@ and noise and shuffles come from one generator, whose state is saved.
 """
 
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -114,7 +115,7 @@ class Args:
     """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
     """processes that step the environments, 0 for one per core; changes no result"""
-    checkpoint_interval: int = 500_000
+    checkpoint_interval: int = 100_000
     """environment steps between saves of the training state"""
 
 
@@ -206,6 +207,15 @@ def derive_seeds(seed, stream, count, step=0):
     the step at which it was resumed, as a list of ints."""
     entropy = [seed, int.from_bytes(stream.encode(), "big"), step]
     return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
+
+
+def keep_freed_memory():
+    """Have the C library (glibc) keep the large blocks that are freed. It gives them back to the system at once, and on
+    the CPU getting their pages again takes up to half of a convolutional network's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 # --- ENVIRONMENT ---
@@ -962,10 +972,11 @@ def main(args):
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
     Cnn.amp = args.amp
+    keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     update_threads = torch.get_num_threads()
 
@@ -1053,7 +1064,8 @@ def main(args):
             iteration_start = time.time()
 
             # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
-            torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+            if not discrete:
+                torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
             if discrete:  # the largest of logits plus Gumbel noise is a sample of their softmax
                 noise = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
             else:
