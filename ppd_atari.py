@@ -320,7 +320,7 @@ class ResidualUnit(nn.Module):
         self.conv1 = nn.Conv2d(filters, filters, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+        return x + self.conv1(torch.relu_(self.conv0(torch.relu(x))))  # in place: less memory
 
 
 class Cnn(nn.Module):
@@ -337,14 +337,14 @@ class Cnn(nn.Module):
         layers = []
         if kind == "nature":
             for width, (kernel, stride) in zip(filters, [(8, 4), (4, 2), (3, 1)], strict=True):
-                layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
+                layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU(inplace=True)]
                 channels, size = width, (size - kernel) // stride + 1
         else:
             for width in filters:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
                 layers += [ResidualUnit(width), ResidualUnit(width)]
                 channels, size = width, (size + 1) // 2
-            layers += [nn.ReLU()]
+            layers += [nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, units), nn.ReLU())
         self.head = nn.Linear(units, outputs)
         for layer in self.modules() if generator else []:
