@@ -3,24 +3,45 @@
     git clone https://github.com/spiglerg/sb3_distill ../sb3_distill
     python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --student-size larger
     python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method ppo
+    python benchmark/rival.py ../sb3_distill --env-id BreakoutNoFrameskip-v4 --student-size smaller
 
-MuJoCo, in the packages of tests/requirements.txt. PPD has an untrained teacher of the paper's size; `ppo` is the
-teacher's own training. The time runs from the end of the first rollout's update, which is not counted, to that of the
-last one's. The last words are "steps/s X", as speed.py wants them of its --rival.
+MuJoCo and Atari, in the packages of tests/requirements.txt. PPD has an untrained teacher of the paper's size; `ppo` is
+the teacher's own training. The time runs from the end of the first rollout's update, which is not counted, to that of
+the last one's. The last words are "steps/s X", as speed.py wants them of its --rival.
 """
 
 import argparse
+import os
 import sys
 import time
 
+import ale_py
+import gymnasium
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 from torch import nn
+
+gymnasium.register_envs(ale_py)  # at import, so that the processes of SubprocVecEnv know the games, too
 
 NUM_ENVS = 18
 HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}
+
+
+class SmallerCnn(BaseFeaturesExtractor):
+    """The paper's smaller student: Nature-CNN with 32 filters in each layer and 128 units."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 128)
+        layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 32, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, obs: torch.Tensor):
+        return self.body(obs)
 
 
 class Clock(BaseCallback):
@@ -45,31 +66,45 @@ def main():
     parser.add_argument("--student-size", choices=HIDDEN, default="same")
     parser.add_argument("--seconds", type=float, default=20, help="of training, about (default: 20)")
     options = parser.parse_args()
-    sys.path.insert(0, options.folder)
+    sys.path[:0] = [options.folder, os.path.join(options.folder, "examples")]
+    from common import IMPALA_CNN
     from sb3_distill.ppd import ProximalPolicyDistillation
 
-    slow_gamma = options.env_id.startswith(("Hopper", "Swimmer"))
-    env = VecNormalize(make_vec_env(options.env_id, NUM_ENVS, seed=100))  # DummyVecEnv, the faster one here
+    atari = "NoFrameskip" in options.env_id
+    short = atari or options.env_id.startswith(("Hopper", "Swimmer"))  # rollouts of a teacher
+    if atari:
+        wrappers = dict(clip_reward=False, terminal_on_life_loss=True)
+        env = make_atari_env(options.env_id, NUM_ENVS, 100, vec_env_cls=SubprocVecEnv, wrapper_kwargs=wrappers)
+        env = VecFrameStack(VecNormalize(env, norm_obs=False), 4)
+    else:
+        env = VecNormalize(make_vec_env(options.env_id, NUM_ENVS, seed=100))  # DummyVecEnv, the faster one here
     settings = dict(batch_size=512, n_epochs=4, gae_lambda=0.9, learning_rate=3e-4, device="cpu", seed=100)
 
     def networks(size):
-        return dict(net_arch=dict(pi=HIDDEN[size], vf=HIDDEN[size]), activation_fn=nn.ReLU)
+        if not atari:
+            return dict(net_arch=dict(pi=HIDDEN[size], vf=HIDDEN[size]), activation_fn=nn.ReLU)
+        apart = dict(net_arch=[], share_features_extractor=False)
+        if size == "smaller":
+            return dict(features_extractor_class=SmallerCnn, **apart)
+        filters, units = {"same": ([16, 32, 32], 256), "larger": ([32, 64, 64], 1024)}[size]
+        extractor = dict(conv_filters=filters, features_dim=units)
+        return dict(features_extractor_class=IMPALA_CNN, features_extractor_kwargs=extractor, **apart)
 
-    steps = 64
+    steps, policy = 64, "CnnPolicy" if atari else "MlpPolicy"
     if options.method == "ppo":
-        steps = 256 if slow_gamma else 512
-        settings |= dict(n_steps=steps, gamma=0.995, ent_coef=0.01 if slow_gamma else 0.0)
-        model = PPO("MlpPolicy", env, policy_kwargs=networks("same"), **settings)
+        steps = 256 if short else 512
+        settings |= dict(n_steps=steps, gamma=0.995, ent_coef=0.01 if short else 0.0)
+        model = PPO(policy, env, policy_kwargs=networks(options.student_size), **settings)
     else:
-        settings |= dict(n_steps=steps, gamma=0.995 if slow_gamma else 0.999)
-        teacher = PPO("MlpPolicy", env, policy_kwargs=networks("same"), **settings)
+        settings |= dict(n_steps=steps, gamma=0.995 if short and not atari else 0.999)
+        teacher = PPO(policy, env, policy_kwargs=networks("same"), **settings)
         student = networks(options.student_size)
-        model = ProximalPolicyDistillation("MlpPolicy", env, policy_kwargs=student, **settings)
+        model = ProximalPolicyDistillation(policy, env, policy_kwargs=student, **settings)
         model.set_teacher(teacher)
 
     samples, clock, begin = NUM_ENVS * steps, Clock(), time.perf_counter()
     model.learn(samples, callback=clock)  # the warm-up
-    rollouts = max(2, round(options.seconds / (time.perf_counter() - begin)))
+    rollouts = max(1, round(options.seconds / (time.perf_counter() - begin)))
     clock.times.clear()
     model.learn(rollouts * samples, callback=clock, reset_num_timesteps=False)
     seconds = time.perf_counter() - clock.times[0]
