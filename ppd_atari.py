@@ -11,7 +11,8 @@ The student learns by PPO on its own rollouts, with a term that draws it to the 
 Its critic is learned from scratch, on rewards scaled by running statistics of their own. The teacher runs once per
 rollout, without gradients. Ctrl-C saves the training state, `--resume runs/...` goes on from there,
 `--total-timesteps 0` only evaluates. Settings are the paper's, also where the example of its library, sb3_distill, has
-others (λ, networks, rollout, γ, entropy); where the paper is silent, the library's.
+others (λ, networks, rollout, γ, entropy); where the paper is silent, the library's. But ALE's own vector environment
+replaces its wrappers: after a lost life the stacked frames stay, and FIRE is played in place of one action.
 """
 
 import copy
@@ -239,7 +240,7 @@ class AtariEnvs:
         if env_id not in games:
             near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4)
             hint = f"; nearest known ids: {', '.join(near)}" if near else ""
-            fail(f"--env-id {env_id}: no Atari game; known are …NoFrameskip-v4 and ALE/…-v5{hint}")
+            fail(f"--env-id {env_id}: not among the Atari games, which are …NoFrameskip-v4 and ALE/…-v5{hint}")
         spec = gym.spec(env_id).kwargs
         self.envs = AtariVectorEnv(
             spec["game"],
@@ -248,7 +249,7 @@ class AtariEnvs:
             repeat_action_probability=spec["repeat_action_probability"],  # sticky actions: 0.25 in ALE/…-v5, else 0
             max_num_frames_per_episode=spec["max_num_frames_per_episode"],
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            episodic_life=False,  # which would start the whole game again at every lost life
+            episodic_life=False,  # True starts the whole game again at every lost life
             reward_clipping=False,
         )
         meanings = list(self.envs.ale.get_action_set())
@@ -593,7 +594,7 @@ def check_save_path(args, path, teacher=None):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
         fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
+    if args.save_path and os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
         fail(f"--save-path {path}: the teacher's own file; name another")
     if args.save_path and os.path.lexists(path) and not args.overwrite:
         policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
@@ -617,7 +618,7 @@ def make_run_folder(args):
 
 def plain(module):
     """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
 @functools.cache
@@ -720,12 +721,13 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
     device = next(actor.parameters()).device
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
     envs = make_envs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
+    torch_threads = torch.get_num_threads()
+    if obs.dtype != np.uint8:  # small networks: waiting threads of torch would take the cores from the environments
+        torch.set_num_threads(1)
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
@@ -769,8 +771,8 @@ def compute_ratios(scores, measure="mean"):
             ours, theirs = scores["student"][measure], scores[teacher][measure]
             ratios[ratio] = ours / theirs if theirs is not None and theirs > 0 else None
             if ratios[ratio] is None:
-                reason = f"the teacher's {measure} score is not positive"
-                ratios[f"{ratio}_reason"] = f"there is no {measure} score" if theirs is None else reason
+                measured = f"{teacher.replace('_', ' ')}'s {measure.replace('_', '-')} score"
+                ratios[f"{ratio}_reason"] = f"the {measured} is {'unknown' if theirs is None else 'not positive'}"
     return ratios
 
 
@@ -789,13 +791,11 @@ def main(args):
             teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
     else:
         fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
-    has_student = last_step > 0 or resumed is not None  # else only the teacher is evaluated
+    has_student = last_step > 0 or resumed and resumed["progress"]["global_step"] > 0  # else a teacher is evaluated
     save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
     check_save_path(args, save_path, args.teacher)
     if args.env_id is None:
         check_policy(teacher, teacher_path)
-        if ":" in teacher["env_id"]:  # gymnasium imports what stands before the colon
-            fail(f"{teacher_path}: field env_id names a module to import; allow that with --env-id {teacher['env_id']}")
         args = dataclasses.replace(args, env_id=teacher["env_id"])
     check_numbers(args)
     if args.track:
@@ -807,13 +807,14 @@ def main(args):
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
     Cnn.amp = args.amp
-    keep_freed_memory()
-    spaces = SUITE, obs_shape, action_dim
-    teacher_actor, _, _ = load_policy(teacher, teacher_path, *spaces)
+    expected = SUITE, obs_shape, action_dim
+    teacher_actor, _, _ = load_policy(teacher, teacher_path, *expected)
     teacher_actor.requires_grad_(False)
     if teacher["env_id"] != args.env_id:
         print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
@@ -822,7 +823,7 @@ def main(args):
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
     progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
     if resumed:
-        actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, *spaces)
+        actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, *expected)
         network = resumed["policy"]["network"]
         return_rms, progress = return_rms or RunningMeanStd(), resumed["progress"]
     else:
@@ -903,7 +904,7 @@ def main(args):
         while global_step < last_step:
             iteration_start = time.time()
 
-            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
+            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in batches
             gumbel = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
             returns_b, lengths_b = [], []  # of the episodes that end in this rollout
             final_obs = {}  # (step, environment): last observation of an episode that was truncated there
@@ -1022,6 +1023,7 @@ def main(args):
     finally:
         bar.close()
         envs.close()
+        writer.close()
     result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
     result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
     result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_ratios(scores, "human_normalized"))
@@ -1030,7 +1032,6 @@ def main(args):
     report = json.dumps(result, indent=2).encode()
     if trained or scores:
         save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
-    writer.close()
     for name, score in scores.items():
         human = "" if score["human_normalized"] is None else f", human-normalized {score['human_normalized']:.3f}"
         print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **score) + human)

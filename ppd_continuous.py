@@ -605,7 +605,7 @@ def check_save_path(args, path, teacher=None):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
         fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
+    if args.save_path and os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
         fail(f"--save-path {path}: the teacher's own file; name another")
     if args.save_path and os.path.lexists(path) and not args.overwrite:
         policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
@@ -629,7 +629,7 @@ def make_run_folder(args):
 
 def plain(module):
     """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
 @functools.cache
@@ -732,12 +732,13 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
     device = next(actor.parameters()).device
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
     envs = make_envs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
+    torch_threads = torch.get_num_threads()
+    if obs.dtype != np.uint8:  # small networks: waiting threads of torch would take the cores from the environments
+        torch.set_num_threads(1)
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
@@ -775,8 +776,8 @@ def compute_ratios(scores, measure="mean"):
             ours, theirs = scores["student"][measure], scores[teacher][measure]
             ratios[ratio] = ours / theirs if theirs is not None and theirs > 0 else None
             if ratios[ratio] is None:
-                reason = f"the teacher's {measure} score is not positive"
-                ratios[f"{ratio}_reason"] = f"there is no {measure} score" if theirs is None else reason
+                measured = f"{teacher.replace('_', ' ')}'s {measure.replace('_', '-')} score"
+                ratios[f"{ratio}_reason"] = f"the {measured} is {'unknown' if theirs is None else 'not positive'}"
     return ratios
 
 
@@ -795,7 +796,7 @@ def main(args):
             teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
     else:
         fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
-    has_student = last_step > 0 or resumed is not None  # else only the teacher is evaluated
+    has_student = last_step > 0 or resumed and resumed["progress"]["global_step"] > 0  # else a teacher is evaluated
     save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
     check_save_path(args, save_path, args.teacher)
     if args.env_id is None:
@@ -815,8 +816,8 @@ def main(args):
     probe = make_env(args.env_id)
     (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
     probe.close()
-    spaces = SUITE, [obs_dim], action_dim
-    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, *spaces)
+    expected = SUITE, [obs_dim], action_dim
+    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, *expected)
     teacher_actor.requires_grad_(False)
     if teacher["env_id"] != args.env_id:
         print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
@@ -830,7 +831,7 @@ def main(args):
     generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
     progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
     if resumed:
-        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, *spaces)
+        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, *expected)
         network = resumed["policy"]["network"]
         progress = resumed["progress"]
     else:
@@ -917,7 +918,7 @@ def main(args):
         while global_step < last_step:
             iteration_start = time.time()
 
-            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
+            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in batches
             torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
             noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
             returns_b, lengths_b = [], []  # of the episodes that end in this rollout
@@ -1039,6 +1040,7 @@ def main(args):
     finally:
         bar.close()
         envs.close()
+        writer.close()
     result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
     result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
     result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_ratios(scores))
@@ -1047,7 +1049,6 @@ def main(args):
     report = json.dumps(result, indent=2).encode()
     if trained or scores:
         save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
-    writer.close()
     for name, score in scores.items():
         print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **score))
     for name, teacher_name in (("ratio", "teacher"), ("ratio_original", "original teacher")):

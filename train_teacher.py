@@ -8,7 +8,8 @@ Atari games, and any gymnasium environment with a flat Box observation and a fla
 state, `--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. Where the paper is silent,
 this is stable-baselines3's PPO, which it used. What departs from that changes nothing but rounding and random streams:
 processes and threads step the environments, values and log-probabilities of a rollout are computed in batches after it,
-and noise and shuffles come from one generator, whose state is saved.
+and noise and shuffles come from one generator, whose state is saved. On Atari, ALE's own vector environment replaces
+the usual wrappers: after a lost life the stacked frames stay, and FIRE is played in place of one action.
 """
 
 import copy
@@ -114,7 +115,7 @@ class Args:
     amp: bool = False
     """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
-    """processes that step the environments, 0 for one per core; changes no result"""
+    """processes, on Atari threads, that step the environments, 0 for one per core; changes no result"""
     checkpoint_interval: int = 100_000
     """environment steps between saves of the training state"""
 
@@ -369,7 +370,7 @@ class AtariEnvs:
         if env_id not in games:
             near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4)
             hint = f"; nearest known ids: {', '.join(near)}" if near else ""
-            fail(f"--env-id {env_id}: no Atari game; known are …NoFrameskip-v4 and ALE/…-v5{hint}")
+            fail(f"--env-id {env_id}: not among the Atari games, which are …NoFrameskip-v4 and ALE/…-v5{hint}")
         spec = gym.spec(env_id).kwargs
         self.envs = AtariVectorEnv(
             spec["game"],
@@ -378,7 +379,7 @@ class AtariEnvs:
             repeat_action_probability=spec["repeat_action_probability"],  # sticky actions: 0.25 in ALE/…-v5, else 0
             max_num_frames_per_episode=spec["max_num_frames_per_episode"],
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            episodic_life=False,  # which would start the whole game again at every lost life
+            episodic_life=False,  # True starts the whole game again at every lost life
             reward_clipping=False,
         )
         meanings = list(self.envs.ale.get_action_set())
@@ -424,7 +425,8 @@ def find_suite(env_id):
     """The suite that an environment belongs to, and the class of its vector environments."""
     gym.register_envs(ale_py)
     spec = gym.registry.get(env_id)
-    is_atari = env_id.startswith("ALE/") or spec is not None and str(spec.entry_point).startswith("ale_py")
+    is_atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+    is_atari |= spec is not None and str(spec.entry_point).startswith("ale_py")  # refused there, with a hint
     return ("atari", AtariEnvs) if is_atari else ("continuous", ParallelEnvs)
 
 
@@ -787,7 +789,7 @@ def check_save_path(args, path, teacher=None):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
         fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
+    if args.save_path and os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
         fail(f"--save-path {path}: the teacher's own file; name another")
     if args.save_path and os.path.lexists(path) and not args.overwrite:
         policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
@@ -811,7 +813,7 @@ def make_run_folder(args):
 
 def plain(module):
     """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
 @functools.cache
@@ -915,12 +917,13 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
     are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
     device = next(actor.parameters()).device
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
     envs = make_envs(args.env_id, num_envs, args.env_threads)
     obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
+    torch_threads = torch.get_num_threads()
+    if obs.dtype != np.uint8:  # small networks: waiting threads of torch would take the cores from the environments
+        torch.set_num_threads(1)
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
@@ -972,8 +975,9 @@ def main(args):
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
     Cnn.amp = args.amp
-    keep_freed_memory()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if suite == "atari" and device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
@@ -1063,12 +1067,11 @@ def main(args):
         while global_step < last_step:
             iteration_start = time.time()
 
-            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in one batch
-            if not discrete:
-                torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in batches
             if discrete:  # the largest of logits plus Gumbel noise is a sample of their softmax
                 noise = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
             else:
+                torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
                 noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
             returns_b, lengths_b = [], []  # of the episodes that end in this rollout
             final_obs = {}  # (step, environment): last observation of an episode that was truncated there
@@ -1173,6 +1176,7 @@ def main(args):
     finally:
         bar.close()
         envs.close()
+        writer.close()
     result = dict(script=SCRIPT, suite=suite, env_id=args.env_id, seed=args.seed, size=args.size)
     result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
     result |= dict(wall_seconds=time.time() - start_time, **scores, eval_curve=progress["eval_curve"])
@@ -1180,9 +1184,10 @@ def main(args):
     report = json.dumps(result, indent=2).encode()
     if trained or scores:
         save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
-    writer.close()
     if args.eval_episodes:
-        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**scores["teacher"]))
+        human = scores["teacher"].get("human_normalized")
+        human = "" if human is None else f", human-normalized {human:.3f}"
+        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**scores["teacher"]) + human)
     print(f"saved {save_path}; distill it:")
     print(f"  python ppd_{suite}.py --env-id {args.env_id} --teacher {save_path}")
 

@@ -326,9 +326,9 @@ def test_ratios():
         return dict(teacher=dict(human_normalized=teacher), student=dict(human_normalized=student))
 
     assert ppd_atari.compute_ratios(scores(2.0, 3.0), "human_normalized") == dict(ratio=1.5)
-    for teacher, word in ((0.0, "not positive"), (-1.0, "not positive"), (None, "no human")):
+    for teacher, word in ((0.0, "not positive"), (-1.0, "not positive"), (None, "unknown")):
         ratios = ppd_atari.compute_ratios(scores(teacher, teacher), "human_normalized")
-        assert ratios["ratio"] is None and word in ratios["ratio_reason"].replace("_", " ")
+        assert ratios["ratio"] is None and f"the teacher's human-normalized score is {word}" == ratios["ratio_reason"]
 
 
 # --- NETWORKS ---
@@ -723,11 +723,11 @@ def check_refused(capsys, script, arguments, *words):
 
 
 @pytest.mark.parametrize("env_id, words", [
-    ("Hopper-v4", ["no Atari game"]),
-    ("Breakout-v4", ["no Atari game", BREAKOUT]),
-    ("BreakoutNoFrameskip-v5", ["no Atari game", BREAKOUT]),
-    ("ALE/Brekout-v5", ["no Atari game", "ALE/Breakout-v5"]),
-    ("", ["no Atari game"]),
+    ("Hopper-v4", ["not among the Atari games"]),
+    ("Breakout-v4", ["not among the Atari games", BREAKOUT]),
+    ("BreakoutNoFrameskip-v5", ["not among the Atari games", BREAKOUT]),
+    ("ALE/Brekout-v5", ["not among the Atari games", "ALE/Breakout-v5"]),
+    ("", ["not among the Atari games"]),
 ])  # fmt: skip
 def test_no_atari_game(folder, capsys, env_id, words):
     make_atari_file("t.pt", ppd_atari)
@@ -735,9 +735,10 @@ def test_no_atari_game(folder, capsys, env_id, words):
 
 
 @pytest.mark.parametrize("env_id, words", [
-    ("Breakout-v4", ["no Atari game", BREAKOUT]),
-    ("BreakoutNoFrameskip-v5", ["unknown id", BREAKOUT]),
-    ("ALE/Brekout-v5", ["no Atari game", "ALE/Breakout-v5"]),
+    ("Breakout-v4", ["not among the Atari games", BREAKOUT]),
+    ("BreakoutNoFrameskip-v5", ["not among the Atari games", BREAKOUT]),
+    ("BreakoutNoFrameskip", ["not among the Atari games", BREAKOUT]),
+    ("ALE/Brekout-v5", ["not among the Atari games", "ALE/Breakout-v5"]),
 ])  # fmt: skip
 def test_teacher_of_no_game(folder, capsys, env_id, words):
     check_refused(capsys, "teach", command("teach", "--env-id", env_id), "--env-id", *words)

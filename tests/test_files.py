@@ -135,6 +135,16 @@ def test_student_file_is_a_teacher(folder, start, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_teacher_where_a_student_would_lie(folder, start):
+    """A teacher runs/student.pt is in nobody's way: without --save-path the student goes to the run's own folder."""
+    os.mkdir("runs")
+    path = make_policy_file("runs/student.pt", ppd_continuous, hidden=[8])
+    before = pathlib.Path(path).read_bytes()
+    run("distill", ["--teacher", path, *SMALL])
+    assert len(list(pathlib.Path("runs").glob("*/student.pt"))) == 1
+    assert pathlib.Path(path).read_bytes() == before
+
+
 def test_other_env_id_with_equal_spaces_warns(folder, start, capsys):
     path = make_policy_file("p.pt", ppd_continuous, env_id="InvertedPendulum-v5", hidden=[8])
     run("distill", ["--teacher", path, "--env-id", ENV, *SMALL])

@@ -321,6 +321,18 @@ def test_signal_during_an_evaluation(teacher, monkeypatch):
     assert [point[0] for point in result_of(made)["eval_curve"]] == [2 * BATCH, 4 * BATCH]
 
 
+def test_signal_during_the_evaluation_of_a_teacher(teacher, monkeypatch):
+    """There is no student then, and none after --resume."""
+    with monkeypatch.context() as patch:
+        strike(patch, ppd_continuous.ParallelEnvs, "step", 3, send(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("distill", "--total-timesteps", 0)
+    (made,) = pathlib.Path("runs").iterdir()
+    main("distill", ["--resume", made])
+    assert "teacher" in result_of(made) and not {"student", "ratio"} & set(result_of(made))
+    assert not (made / "student.pt").exists()
+
+
 @by_script
 def test_sigusr1_saves_and_goes_on(teacher, monkeypatch, script):
     module, saves, original = SCRIPTS[script], [], SCRIPTS[script].save_atomically
