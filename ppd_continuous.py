@@ -54,7 +54,7 @@ class Args:
     seed: int = 100
     """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
     torch_deterministic: bool = True
-    """deterministic algorithms, also on the GPU"""
+    """deterministic algorithms, also on the GPU where torch has them (it warns where not)"""
     track: bool = False
     """also log to Weights and Biases (pip install wandb)"""
     wandb_project_name: str = "ppd"
@@ -124,7 +124,7 @@ class Args:
     cuda: bool = True
     """use the GPU where there is one"""
     compile: bool = False
-    """torch.compile the networks"""
+    """torch.compile the student's networks"""
     env_threads: int = 0
     """processes that step the environments, 0 for one per core; changes no result"""
     checkpoint_interval: int = 500_000

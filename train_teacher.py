@@ -54,7 +54,7 @@ class Args:
     seed: int = 100
     """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
     torch_deterministic: bool = True
-    """deterministic algorithms, also on the GPU"""
+    """deterministic algorithms, also on the GPU where torch has them (it warns where not)"""
     track: bool = False
     """also log to Weights and Biases (pip install wandb)"""
     wandb_project_name: str = "ppd"
@@ -358,9 +358,9 @@ class AtariEnvs:
     frames, take the maximum of the last two, grey it, scale it to 84×84 and stack the last 4. The number of threads
     changes no result.
 
-    A lost life ends an episode for learning, `terminated`, while the game goes on. Many games then wait for FIRE, so
-    the step after a lost life plays it, whatever the action. The return of an episode is the score of a whole game, to
-    its end or to 108,000 frames, where it is truncated."""
+    A lost life, but the last, ends an episode for learning, `terminated`, while the game goes on. Many games then wait
+    for FIRE, so the step after a lost life plays it, whatever the action. The return of an episode is the score of a
+    whole game, to its end or to 108,000 frames, where it is truncated."""
 
     obs_shape = (4, 84, 84)  # uint8, the newest frame last
 
