@@ -355,7 +355,7 @@ class Cnn(nn.Module):
 
     def forward(self, obs):
         """Outputs (n, outputs) float32 for pixels (n, channels, size, size) uint8."""
-        pixels = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # twice as fast as the default format
+        pixels = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # takes a third less time
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
             features = self.body(pixels)
         return self.head(features.float())
