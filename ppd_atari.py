@@ -15,6 +15,7 @@ others (λ, networks, rollout, γ, entropy); where the paper is silent, the libr
 replaces its wrappers: after a lost life the stacked frames stay, and FIRE is played in place of one action.
 """
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -187,6 +188,7 @@ def check_numbers(args):
     limits = [
         ("num_envs num_steps minibatch_size update_epochs checkpoint_interval", lambda x: x >= 1, "at least 1"),
         ("seed total_timesteps eval_episodes eval_interval env_threads", lambda x: x >= 0, "0 or more"),
+        ("num_levels start_level", lambda x: 0 <= x < 2**30, "0 or more, and less than 2**30"),
         ("learning_rate max_grad_norm clip_coef", lambda x: 0 < x < math.inf, "a positive number"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("ent_coef vf_coef teacher_noise", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
@@ -197,7 +199,7 @@ def check_numbers(args):
             value = getattr(args, name, None)
             if value is not None and not is_valid(value):
                 fail(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    if args.minibatch_size > args.num_envs * args.num_steps:
+    if getattr(args, "minibatch_size", 1) > args.num_envs * args.num_steps:
         batch = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps}"
         fail(f"--minibatch-size {args.minibatch_size} is larger than the rollout, {batch}")
     if args.eval_interval and not args.eval_episodes:
@@ -624,7 +626,11 @@ def plain(module):
 @functools.cache
 def versions():
     """The versions that a result depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 class Signals:
@@ -714,13 +720,13 @@ def ratio_metrics(logratio, clip_coef):
 
 
 @torch.no_grad()
-def evaluate(actor, make_envs, args, on_step=lambda: None):
-    """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
-    make_envs: the class of the suite's environments.
+def evaluate(choose, make_envs, args, device, on_step=lambda: None):
+    """The returns of args.eval_episodes full episodes of args.env_id, a list of floats. choose: the actions for
+    observations on `device` as the environments give them, such as an actor's `mode`. make_envs: makes environments of
+    id, number and threads, such as their class. on_step: called before every step.
 
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
-    are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
-    device = next(actor.parameters()).device
+    are evaluation's own, and nothing of training's randomness is used."""
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
     envs = make_envs(args.env_id, num_envs, args.env_threads)
@@ -731,7 +737,7 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
-        chosen = actor.mode(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
+        chosen = choose(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
         actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
         actions[active] = chosen
         obs, _, _, _, _, finished = envs.step(actions, active)
@@ -793,7 +799,8 @@ def main(args):
         fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
     has_student = last_step > 0 or resumed and resumed["progress"]["global_step"] > 0  # else a teacher is evaluated
     save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
-    check_save_path(args, save_path, args.teacher)
+    if has_student:
+        check_save_path(args, save_path, args.teacher)
     if args.env_id is None:
         check_policy(teacher, teacher_path)
         args = dataclasses.replace(args, env_id=teacher["env_id"])
@@ -852,7 +859,8 @@ def main(args):
 
     run_folder = run_folder or make_run_folder(args)
     save_path = args.save_path or os.path.join(run_folder, "student.pt")
-    os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
+    if has_student:
+        os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
     if args.track:
         wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
@@ -990,7 +998,7 @@ def main(args):
             mean_return = np.mean(progress["last_returns"] or [math.nan])
             bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < T * N:
-                evaluated = summarize(evaluate(actor, AtariEnvs, args, stop_on_signal))
+                evaluated = summarize(evaluate(actor.mode, AtariEnvs, args, device, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
             state = make_training_state()
@@ -1008,12 +1016,13 @@ def main(args):
             actors["original_teacher"] = original_teacher_actor
         if has_student:
             actors["student"] = actor
-        if has_student and (trained or not os.path.exists(save_path)):
-            save_atomically(save_path, lambda file: torch.save(policy, file))
+            kept = not trained and os.path.exists(save_path) and read_file(save_path).get("global_step") == global_step
+            if not kept:
+                save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
             for name, each in actors.items():
-                scores[name] = summarize(evaluate(each, AtariEnvs, args, stop_on_signal))
+                scores[name] = summarize(evaluate(each.mode, AtariEnvs, args, device, stop_on_signal))
                 scores[name]["human_normalized"] = normalize_score(scores[name]["mean"], args.env_id)
         if "student" in scores:
             policy["score"] = scores["student"]
@@ -1040,7 +1049,7 @@ def main(args):
             ratio = f"{result[name]:.3f}" if result[name] is not None else f"none, {result[f'{name}_reason']}"
             print(f"student / {teacher_name}: {ratio}")
     if has_student:
-        print(f"saved {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
+        print(f"the student is {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 Distillation (PPD, arXiv 2407.15134), for the scripts that distill it.
 
     python train_teacher.py --env-id Hopper-v4 --save-path runs/teacher.pt
-    python train_teacher.py --env-id BreakoutNoFrameskip-v4 --seed 200 --size smaller
+    python train_teacher.py --env-id BreakoutNoFrameskip-v4 --seed 200
+    python train_teacher.py --env-id coinrun --size smaller
 
-Atari games, and any gymnasium environment with a flat Box observation and a flat Box action. Ctrl-C saves the training
-state, `--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. Where the paper is silent,
-this is stable-baselines3's PPO, which it used. What departs from that changes nothing but rounding and random streams:
-processes and threads step the environments, values and log-probabilities of a rollout are computed in batches after it,
-and noise and shuffles come from one generator, whose state is saved. On Atari, ALE's own vector environment replaces
-the usual wrappers: after a lost life the stacked frames stay, and FIRE is played in place of one action.
+Atari and Procgen games, and any gymnasium environment with a flat Box observation and a flat Box action. Ctrl-C saves
+the training state, `--resume runs/...` goes on from there, and with `--total-timesteps 0` only evaluates. Where the
+paper is silent, this is stable-baselines3's PPO, which it used. What departs from that changes nothing but rounding and
+random streams: processes and threads step the environments, values and log-probabilities of a rollout are computed in
+batches after it, and noise and shuffles come from one generator, whose state is saved. On Atari, ALE's own vector
+environment replaces the usual wrappers: after a lost life the stacked frames stay, and FIRE is played in place of one
+action.
 """
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -69,13 +72,20 @@ class Args:
 
     # environment
     env_id: str = "Hopper-v4"
-    """id of the environment: …NoFrameskip-v4 or ALE/…-v5, or any with continuous control"""
+    """id of the environment: …NoFrameskip-v4 or ALE/…-v5, a game of Procgen, or any with continuous control"""
     num_envs: int = 18
     """parallel environments"""
+    num_levels: int = 200
+    """of Procgen: how many levels it trains on; 0 is all there are"""
+    start_level: int = 0
+    """of Procgen: number of the first of these levels"""
+    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"
+    """of Procgen: its kind of levels; `extreme` and `memory` are those of some games"""
 
     # algorithm (paper, Table 3; what the paper varies by environment stands in PAPER_SETTINGS)
-    total_timesteps: int = 10_000_000
-    """environment steps, rounded up to whole rollouts; 0 trains nothing and evaluates what --resume names"""
+    total_timesteps: int | None = None
+    """environment steps, rounded up to whole rollouts (default: the paper's, 10 M, for Procgen 30 M); 0 trains nothing
+    and evaluates what --resume names"""
     size: Literal["smaller", "same", "larger"] = "same"
     """size of the networks; the paper's teachers are `same`"""
     learning_rate: float = 3e-4
@@ -95,17 +105,18 @@ class Args:
     clip_coef: float = 0.2
     """epsilon, the clip range of the importance ratio"""
     ent_coef: float | None = None
-    """weight of the entropy bonus (default: the paper's, 0.01 for Atari, Hopper and Swimmer, else 0)"""
+    """weight of the entropy bonus (default: the paper's, 0.01 for Atari, Procgen, Hopper and Swimmer, else 0)"""
     vf_coef: float = 0.5
     """weight of the critic's loss"""
     max_grad_norm: float = 0.5
     """largest norm of the gradient, of actor and critic together"""
 
     # evaluation
-    eval_episodes: int = 50
-    """full episodes with deterministic actions at the end; 0 skips the evaluation"""
+    eval_episodes: int | None = None
+    """full episodes at the end (default: the paper's, 50 with deterministic actions; on Procgen, with stochastic ones,
+    200 on unseen levels and as many on those of training); 0 skips the evaluation"""
     eval_interval: int = 0
-    """also evaluate every so many environment steps; 0 never does"""
+    """also evaluate every so many environment steps, on Procgen on unseen levels; 0 never does"""
 
     # runtime
     cuda: bool = True
@@ -115,24 +126,25 @@ class Args:
     amp: bool = False
     """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
-    """processes, on Atari threads, that step the environments, 0 for one per core; changes no result"""
+    """processes, for games threads, that step the environments, 0 for one per core; changes no result"""
     checkpoint_interval: int = 100_000
     """environment steps between saves of the training state"""
 
 
 SCRIPT = os.path.basename(__file__)
 KINDS = {"continuous": ["mlp relu", "mlp tanh"]}  # kinds of network in a policy file of each suite of this script
-KINDS |= {"atari": ["nature relu", "impala relu"]}
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py")  # whose versions results depend on
+KINDS |= {suite: ["nature relu", "impala relu"] for suite in ("atari", "procgen")}
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py", "procgen", "procgen-mirror")  # what results depend on
 PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
-    "atari": dict(num_steps=256, ent_coef=0.01),
-    "Hopper": dict(num_steps=256, ent_coef=0.01),
-    "Swimmer": dict(num_steps=256, ent_coef=0.01),
-    "other": dict(num_steps=512, ent_coef=0.0),
+    "procgen": dict(num_steps=512, ent_coef=0.01, total_timesteps=30_000_000, eval_episodes=200),
+    "atari": dict(num_steps=256, ent_coef=0.01, total_timesteps=10_000_000, eval_episodes=50),
+    "Hopper": dict(num_steps=256, ent_coef=0.01, total_timesteps=10_000_000, eval_episodes=50),
+    "Swimmer": dict(num_steps=256, ent_coef=0.01, total_timesteps=10_000_000, eval_episodes=50),
+    "other": dict(num_steps=512, ent_coef=0.0, total_timesteps=10_000_000, eval_episodes=50),
 }
 SIZES = {  # Table 4: kind of network and its widths, for actor and critic alike
     "continuous": {"smaller": ("mlp", [128, 64]), "same": ("mlp", [256, 256]), "larger": ("mlp", [512, 512])},
-    "atari": {
+    "games": {
         "smaller": ("nature", [32, 32, 32, 128]),
         "same": ("impala", [16, 32, 32, 256]),
         "larger": ("impala", [32, 64, 64, 1024]),
@@ -155,6 +167,10 @@ HUMAN_SCORES = dict(  # of random play and of a human, by game (Agent57, arXiv 2
     video_pinball=(16256.9, 17667.9), wizard_of_wor=(563.5, 4756.5), yars_revenge=(3092.9, 54576.9),
     zaxxon=(32.5, 9173.3),
 )
+PROCGEN_GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
+PROCGEN_GAMES += "miner ninja plunder starpilot".split()
+PROCGEN_MODES = {"extreme": "chaser dodgeball leaper starpilot"}  # the games with such levels
+PROCGEN_MODES |= {"memory": "caveflyer dodgeball heist jumper maze miner"}
 RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
 RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
 
@@ -186,6 +202,7 @@ def check_numbers(args):
     limits = [
         ("num_envs num_steps minibatch_size update_epochs checkpoint_interval", lambda x: x >= 1, "at least 1"),
         ("seed total_timesteps eval_episodes eval_interval env_threads", lambda x: x >= 0, "0 or more"),
+        ("num_levels start_level", lambda x: 0 <= x < 2**30, "0 or more, and less than 2**30"),
         ("learning_rate max_grad_norm clip_coef", lambda x: 0 < x < math.inf, "a positive number"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("ent_coef vf_coef teacher_noise", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
@@ -196,7 +213,7 @@ def check_numbers(args):
             value = getattr(args, name, None)
             if value is not None and not is_valid(value):
                 fail(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    if args.minibatch_size > args.num_envs * args.num_steps:
+    if getattr(args, "minibatch_size", 1) > args.num_envs * args.num_steps:
         batch = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps}"
         fail(f"--minibatch-size {args.minibatch_size} is larger than the rollout, {batch}")
     if args.eval_interval and not args.eval_episodes:
@@ -421,13 +438,90 @@ class AtariEnvs:
         self.envs.close()
 
 
+class ProcgenEnvs:
+    """`num_envs` games of Procgen, stepped by its own `threads` (0: one per core), whose number changes no result. The
+    levels are `num_levels` from number `start_level` on, or all there are where num_levels is 0. Procgen does not tell
+    the end of time (1,000 steps in some games) from other ends, so every end of an episode is `terminated`."""
+
+    obs_shape, action_dim = (3, 64, 64), 15  # uint8: red, green, blue
+
+    def __init__(self, env_id, num_envs, threads=0, num_levels=0, start_level=0, distribution_mode="easy"):
+        if env_id not in PROCGEN_GAMES:
+            near = difflib.get_close_matches(env_id, PROCGEN_GAMES, n=3, cutoff=0.4)
+            hint = f"nearest: {', '.join(near)}" if near else f"which are {', '.join(PROCGEN_GAMES)}"
+            fail(f"--env-id {env_id}: not among the games of Procgen; {hint}")
+        if env_id not in PROCGEN_MODES.get(distribution_mode, env_id).split():
+            games = PROCGEN_MODES[distribution_mode].replace(" ", ", ")
+            fail(f"--distribution-mode {distribution_mode}: {env_id} has no such levels; the games that do: {games}")
+        levels = dict(num_levels=num_levels, start_level=start_level, distribution_mode=distribution_mode)
+        try:
+            from gym_notices import notices
+
+            notices.notices.clear()  # the old gym, which procgen imports, prints them
+            from procgen import ProcgenGym3Env
+
+            make_envs = functools.partial(ProcgenGym3Env, num_envs, env_id, num_threads=threads or os.cpu_count())
+            self.make_envs = functools.partial(make_envs, **levels)
+            self.envs = self.make_envs(rand_seed=0)
+        except ImportError as error:
+            package = "procgen" if sys.version_info < (3, 11) else "procgen-mirror"
+            fail(f"--env-id {env_id}: Procgen cannot be imported ({error}); pip install {package}")
+        except OSError as error:  # its library needs two of the system's
+            fail(f"--env-id {env_id}: Procgen cannot be loaded ({error}); on Debian: apt install libgl1 libglib2.0-0")
+
+    def reset(self, seeds):
+        """Start new levels; the observations, (num_envs, 3, 64, 64) uint8. Procgen seeds all its environments by one
+        number: the first of the seeds is that."""
+        self.close()
+        self.envs = self.make_envs(rand_seed=seeds[0] % 2**31)
+        self.returns, self.lengths = np.zeros(self.envs.num), np.zeros(self.envs.num, int)
+        return self.envs.observe()[1]["rgb"].transpose(0, 3, 1, 2)
+
+    def step(self, actions, active=True):
+        """Act in every environment.
+
+        actions: (num_envs,) int64. Returns obs (num_envs, 3, 64, 64) uint8, the next observations, those of a new level
+        where an episode has ended; rewards (num_envs,) float64; terminated and truncated, (num_envs,) bool, of which
+        the second is never set; last_obs, never to be used, for Procgen gives no last observation; finished, a list of
+        (environment, return, length) of the episodes that ended, where the bool array `active` is set."""
+        if not ((actions >= 0) & (actions < self.action_dim)).all():  # Procgen would take -1 for a reset
+            raise ValueError(f"actions have to be within 0 and {self.action_dim - 1}: {actions}")
+        self.envs.act(actions)
+        rewards, obs, ended = self.envs.observe()  # where one has ended, the rewards are its last, obs the next one's
+        obs = obs["rgb"].transpose(0, 3, 1, 2)
+        self.returns += rewards
+        self.lengths += 1
+        where = np.flatnonzero(ended & active)
+        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in where]
+        self.returns[ended], self.lengths[ended] = 0, 0
+        return obs, rewards.astype(float), ended, np.zeros_like(ended), obs, finished
+
+    def close(self):
+        self.envs.close()
+
+
+def procgen_game(env_id):
+    """Procgen's own name of a game, of which procgen-coinrun-v0 and procgen:procgen-coinrun-v0 are other spellings."""
+    name = env_id.removeprefix("procgen:")
+    return name.removeprefix("procgen-").removesuffix("-v0") if name.startswith("procgen-") else name
+
+
+def procgen_envs(args, unseen=False):
+    """What makes Procgen's environments of id, number and threads: with the levels of training, or with all there are,
+    of which those of training are a vanishing part."""
+    num_levels = 0 if unseen else args.num_levels
+    levels = dict(start_level=args.start_level, distribution_mode=args.distribution_mode)
+    return functools.partial(ProcgenEnvs, num_levels=num_levels, **levels)
+
+
 def find_suite(env_id):
-    """The suite that an environment belongs to, and the class of its vector environments."""
+    """The suite that an environment belongs to. A misspelt id belongs to the one that will say so, with a hint."""
     gym.register_envs(ale_py)
-    spec = gym.registry.get(env_id)
-    is_atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
-    is_atari |= spec is not None and str(spec.entry_point).startswith("ale_py")  # refused there, with a hint
-    return ("atari", AtariEnvs) if is_atari else ("continuous", ParallelEnvs)
+    spec, game = gym.registry.get(env_id), procgen_game(env_id)
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id or spec and str(spec.entry_point).startswith("ale_py"):
+        return "atari"
+    is_procgen = env_id.startswith("procgen") or not spec and difflib.get_close_matches(game, PROCGEN_GAMES, cutoff=0.7)
+    return "procgen" if is_procgen else "continuous"
 
 
 # --- NETWORKS ---
@@ -819,7 +913,11 @@ def plain(module):
 @functools.cache
 def versions():
     """The versions that a result depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 class Signals:
@@ -910,13 +1008,13 @@ def ratio_metrics(logratio, clip_coef):
 
 
 @torch.no_grad()
-def evaluate(actor, make_envs, args, on_step=lambda: None):
-    """The returns of args.eval_episodes full episodes of args.env_id with deterministic actions, a list of floats.
-    make_envs: the class of the suite's environments.
+def evaluate(choose, make_envs, args, device, on_step=lambda: None):
+    """The returns of args.eval_episodes full episodes of args.env_id, a list of floats. choose: the actions for
+    observations on `device` as the environments give them, such as an actor's `mode`. make_envs: makes environments of
+    id, number and threads, such as their class. on_step: called before every step.
 
     Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
-    are evaluation's own, and nothing of training's randomness is used. on_step is called before every step."""
-    device = next(actor.parameters()).device
+    are evaluation's own, and nothing of training's randomness is used."""
     num_envs = min(args.eval_episodes, 25)
     quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
     envs = make_envs(args.env_id, num_envs, args.env_threads)
@@ -927,7 +1025,7 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     returns = [[] for _ in range(num_envs)]
     while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
         on_step()
-        chosen = actor.mode(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
+        chosen = choose(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
         actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
         actions[active] = chosen
         obs, _, _, _, _, finished = envs.step(actions, active)
@@ -936,6 +1034,27 @@ def evaluate(actor, make_envs, args, on_step=lambda: None):
     envs.close()
     torch.set_num_threads(torch_threads)
     return [episode_return for done in returns for episode_return in done]
+
+
+def make_sampler(actor, seed):
+    """Stochastic actions for `evaluate`: samples of a categorical policy, with a random stream of their own."""
+    generator = torch.Generator().manual_seed(derive_seeds(seed, "evaluation's actions", 1)[0])
+
+    def sample(obs):
+        logits = actor(obs)
+        gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
+        return (logits + gumbel).argmax(-1)
+
+    return sample
+
+
+def evaluate_levels(actor, args, device, on_step):
+    """A policy's scores on Procgen, with stochastic actions: on unseen levels ("test") and on those of training
+    ("train"), args.eval_episodes each, and how much worse it is on the unseen ones ("gap")."""
+    scores = {}
+    for name, make_envs in (("test", procgen_envs(args, unseen=True)), ("train", procgen_envs(args))):
+        scores[name] = summarize(evaluate(make_sampler(actor, args.seed), make_envs, args, device, on_step))
+    return scores | dict(gap=scores["train"]["mean"] - scores["test"]["mean"])
 
 
 def summarize(returns):
@@ -949,34 +1068,56 @@ def normalize_score(score, env_id):
     return None if random is None else (score - random) / (human - random)
 
 
+def score_policy(actor, suite, make_envs, args, device, on_step):
+    """A policy's score as the paper measures it in the suite, for result.json."""
+    if suite == "procgen":
+        return evaluate_levels(actor, args, device, on_step)
+    score = summarize(evaluate(actor.mode, make_envs, args, device, on_step))
+    return score | dict(human_normalized=normalize_score(score["mean"], args.env_id)) if suite == "atari" else score
+
+
+def describe_score(score):
+    """A score of result.json in words."""
+    text = "{mean:.1f} ± {std:.1f} over {episodes} episodes".format(**score.get("test", score))
+    if "test" in score:
+        text += " on unseen levels, {mean:.1f} ± {std:.1f} on those of training".format(**score["train"])
+        return f"{text}, gap {score['gap']:.1f}"
+    human = score.get("human_normalized")
+    return text if human is None else f"{text}, human-normalized {human:.3f}"
+
+
 def main(args):
     # SETUP: whatever can be wrong is found before anything is created
-    resumed, run_folder, last_step = None, None, args.total_timesteps
+    resumed, run_folder, suite = None, None, find_suite(args.env_id)
+    if suite == "procgen":
+        args = dataclasses.replace(args, env_id=procgen_game(args.env_id))
+    family = args.env_id.split("-")[0] if suite == "continuous" else suite
+    settings = PAPER_SETTINGS.get(family, PAPER_SETTINGS["other"])
+    settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **settings)
+    last_step = args.total_timesteps
     if args.resume:
         checkpoint_path, resumed = read_training_state(args.resume)
         run_folder = os.path.dirname(checkpoint_path) or "."
         args = dataclasses.replace(args, total_timesteps=last_step or resumed["args"]["total_timesteps"])
-    elif args.total_timesteps == 0:
+    elif last_step == 0:
         fail("--total-timesteps 0 only evaluates: name a run with --resume")
     save_path = args.save_path or os.path.join(run_folder or "runs", "teacher.pt")
     check_save_path(args, save_path)
-    suite, make_envs = find_suite(args.env_id)
-    family = "atari" if suite == "atari" else args.env_id.split("-")[0]
-    settings = PAPER_SETTINGS.get(family, PAPER_SETTINGS["other"])
-    settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **settings)
     check_numbers(args)
     if args.track:
         try:
             import wandb
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
+    discrete = suite != "continuous"  # pixels and a few actions, not numbers
+    make_envs = {"atari": AtariEnvs, "procgen": procgen_envs(args), "continuous": ParallelEnvs}[suite]
     probe = make_envs(args.env_id, 1)
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
     Cnn.amp = args.amp
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if suite == "atari" and device.type == "cpu":
+    if discrete and device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -991,7 +1132,7 @@ def main(args):
         network = resumed["policy"]["network"]
         return_rms, progress = return_rms or RunningMeanStd(), resumed["progress"]
     else:
-        kind, widths = SIZES[suite][args.size]
+        kind, widths = SIZES["games" if discrete else suite][args.size]
         network = dict(kind=kind, activation="relu", actor_hidden=widths, critic_hidden=widths)
         network |= dict(obs_shape=list(obs_shape), action_dim=action_dim)
         (actor, critic), return_rms = make_networks(network, generator), RunningMeanStd()
@@ -1047,7 +1188,7 @@ def main(args):
             raise SystemExit(128 + signals.stop)
 
     # TRAINING
-    T, N, A, discrete = args.num_steps, args.num_envs, action_dim, suite == "atari"
+    T, N, A = args.num_steps, args.num_envs, action_dim
     obs_b = torch.zeros((T, N, *obs_shape), dtype=torch.uint8 if discrete else torch.float32, device=device)
     outputs_b = torch.zeros((T, N, A), device=device)  # the actor's: logits, or means
     actions_b = torch.zeros((T, N), dtype=torch.int64, device=device) if discrete else torch.zeros_like(outputs_b)
@@ -1150,7 +1291,11 @@ def main(args):
             bar.update(T * N)
             bar.set_postfix_str(f"return {np.mean(progress['last_returns'] or [math.nan]):.1f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < T * N:
-                evaluated = summarize(evaluate(actor, make_envs, args, stop_on_signal))
+                if suite == "procgen":
+                    choose, make_eval_envs = make_sampler(actor, args.seed), procgen_envs(args, unseen=True)
+                else:
+                    choose, make_eval_envs = actor.mode, make_envs
+                evaluated = summarize(evaluate(choose, make_eval_envs, args, device, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
             state = make_training_state()
@@ -1163,13 +1308,13 @@ def main(args):
 
         # RESULT
         policy, scores, trained = make_policy(), {}, global_step > start_step or not resumed
-        if trained or not os.path.exists(save_path):
+        kept = not trained and os.path.exists(save_path) and read_file(save_path).get("global_step") == global_step
+        if not kept:
             save_atomically(save_path, lambda file: torch.save(policy, file))
         if args.eval_episodes:
             print(f"evaluating {args.eval_episodes} episodes")
-            scores["teacher"] = policy["score"] = summarize(evaluate(actor, make_envs, args, stop_on_signal))
-            if suite == "atari":
-                policy["score"]["human_normalized"] = normalize_score(policy["score"]["mean"], args.env_id)
+            scores["teacher"] = score_policy(actor, suite, make_envs, args, device, stop_on_signal)
+            policy["score"] = scores["teacher"]
             save_atomically(save_path, lambda file: torch.save(policy, file))
     except FloatingPointError as error:
         raise SystemExit(f"{SCRIPT}: error: non-finite {error} at step {global_step}") from None
@@ -1185,10 +1330,8 @@ def main(args):
     if trained or scores:
         save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
     if args.eval_episodes:
-        human = scores["teacher"].get("human_normalized")
-        human = "" if human is None else f", human-normalized {human:.3f}"
-        print("teacher: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(**scores["teacher"]) + human)
-    print(f"saved {save_path}; distill it:")
+        print(f"teacher: {describe_score(scores['teacher'])}")
+    print(f"the teacher is {save_path}; distill it:")
     print(f"  python ppd_{suite}.py --env-id {args.env_id} --teacher {save_path}")
 
 

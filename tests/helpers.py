@@ -1,8 +1,12 @@
 """What several test files need."""
 
 import dataclasses
+import json
+import pathlib
 
+import pytest
 import torch
+from torch.nn import functional as F
 
 
 def make_policy_file(path, module, env_id="InvertedPendulum-v4", seed=0, hidden=(16, 16), activation="relu", **changes):
@@ -32,20 +36,75 @@ def make_policy_file(path, module, env_id="InvertedPendulum-v4", seed=0, hidden=
     return str(path)
 
 
-def make_atari_file(path, module, env_id="BreakoutNoFrameskip-v4", seed=0, kind="nature", widths=(4, 4, 4, 16)):
-    """The same for an Atari game, with small random networks whose policy differs from state to state."""
-    envs = module.AtariEnvs(env_id, 1)
+def make_game_file(path, module, env_id="BreakoutNoFrameskip-v4", seed=0, kind="nature", widths=(4, 4, 4, 16)):
+    """The same for a game of Atari or Procgen, with small random networks whose policy differs from state to state."""
+    suite = "procgen" if "-" not in env_id else "atari"
+    envs = (module.ProcgenEnvs if suite == "procgen" else module.AtariEnvs)(env_id, 1)
     network = dict(kind=kind, activation="relu", actor_hidden=list(widths), critic_hidden=list(widths))
     network |= dict(obs_shape=list(envs.obs_shape), action_dim=envs.action_dim)
     envs.close()
     actor, critic = module.make_networks(network, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         actor.logits.head.weight *= 100
-    policy = dict(format=module.FORMAT, suite="atari", env_id=env_id, network=network, actor=module.plain(actor))
+    policy = dict(format=module.FORMAT, suite=suite, env_id=env_id, network=network, actor=module.plain(actor))
     policy |= dict(critic=module.plain(critic), return_rms=None, global_step=0, versions=module.versions())
     policy |= dict(args=dataclasses.asdict(module.Args(env_id=env_id)))
     module.save_atomically(path, lambda file: torch.save(policy, file))
     return str(path)
+
+
+def independent_cnn(kind, weights, obs):
+    """The outputs of the paper's networks in float64, from their definition."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    convolutions = [name[: -len(".weight")] for name, tensor in weights.items() if tensor.dim() == 4]
+    linear = [name[: -len(".weight")] for name, tensor in weights.items() if tensor.dim() == 2]
+    x = obs.double() / 255
+
+    def convolve(x, stride=1, padding=0):
+        name = convolutions.pop(0)
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride, padding)
+
+    if kind == "nature":
+        for stride in (4, 2, 1):
+            x = convolve(x, stride).clamp(min=0)
+    else:
+        for _ in range(3):
+            x = F.max_pool2d(F.pad(convolve(x, padding=1), (1, 1, 1, 1), value=-torch.inf), 3, 2)
+            for _ in range(2):
+                x = x + convolve(convolve(x.clamp(min=0), padding=1).clamp(min=0), padding=1)
+        x = x.clamp(min=0)
+    assert not convolutions
+    x = x.reshape(len(x), -1)
+    for name in linear:
+        x = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        x = x.clamp(min=0) if name != linear[-1] else x
+    return x
+
+
+def run(module, arguments):
+    """Run a script in this process and in the working directory; the path of the folder that it makes."""
+    before = set(pathlib.Path(".").glob("runs/*"))
+    module.main(module.parse_args([str(argument) for argument in arguments]))
+    (made,) = set(pathlib.Path(".").glob("runs/*")) - before
+    return made
+
+
+def result_of(made):
+    """The result.json in the folder of a run, a dict."""
+    return json.loads((made / "result.json").read_text())
+
+
+def check_refused(capsys, module, arguments, *words):
+    """A command line ends with exit code 2 and one line on stderr that holds the words, and nothing is created."""
+    before = sorted(pathlib.Path(".").rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.main(module.parse_args([str(argument) for argument in arguments]))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+    assert sorted(pathlib.Path(".").rglob("*")) == before
 
 
 def train_briefly(module, **changes):

@@ -407,15 +407,10 @@ def test_what_a_rollout_holds(case, scripted, folder, monkeypatch):
 # --- EVALUATION ---
 
 
-class Linear:
-    """In place of an actor: its action is a part of the normalized observation."""
-
-    def parameters(self):
-        yield torch.zeros(2)
-
-    def mode(self, obs):
-        assert not torch.is_grad_enabled()
-        return obs[:, :2].float() / 100
+def choose_linearly(obs):
+    """In place of an actor's mode: the action is a part of the observation."""
+    assert not torch.is_grad_enabled()
+    return obs[:, :2].float() / 100
 
 
 @pytest.mark.parametrize("episodes", [1, 3, 30, 50])
@@ -426,7 +421,8 @@ def test_every_environment_plays_its_quota(script, scripted, episodes):
         scripted.schedule |= {(i, k): ("terminated", "truncated")[i % 2] for k in range(length - 1, 99, length)}
     calls = []
     args = script.Args(env_id="Scripted-v0", eval_episodes=episodes, env_threads=1)
-    returns = script.evaluate(Linear(), script.ParallelEnvs, args, on_step=lambda: calls.append(None))
+    device = torch.device("cpu")
+    returns = script.evaluate(choose_linearly, script.ParallelEnvs, args, device, lambda: calls.append(None))
     num_envs = min(episodes, 25)
     quotas = {i: episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)}
     assert len(returns) == sum(quotas.values()) == episodes and len(scripted.made) == num_envs
@@ -448,9 +444,13 @@ def test_evaluation_repeats_and_takes_no_global_randomness(script):
     actor = script.MlpActor(network, torch.Generator().manual_seed(0))
     args = script.Args(env_id="InvertedPendulum-v4", eval_episodes=6, env_threads=1)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    first, second = script.evaluate(actor, script.ParallelEnvs, args), script.evaluate(actor, script.ParallelEnvs, args)
+
+    def evaluate():
+        return script.evaluate(actor.mode, script.ParallelEnvs, args, torch.device("cpu"))
+
+    first, second = evaluate(), evaluate()
     args.seed = 200
-    other = script.evaluate(actor, script.ParallelEnvs, args)
+    other = evaluate()
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert first == second != other and len(set(first)) > 1

@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -16,10 +15,11 @@ import sys
 import time
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import make_policy_file
+from helpers import make_policy_file, result_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -56,11 +56,7 @@ def main(script, arguments):
 
 
 def run(script, *arguments):
-    """A run in this process; the path of its folder."""
-    before = set(pathlib.Path(".").glob("runs/*"))
-    main(script, command(script, *arguments))
-    (made,) = set(pathlib.Path(".").glob("runs/*")) - before
-    return made
+    return helpers.run(SCRIPTS[script], command(script, *arguments))
 
 
 def launch(script, arguments, **options):
@@ -76,10 +72,6 @@ def load(path):
 
 def step_of(made):
     return load(made / "checkpoint.pt")["progress"]["global_step"]
-
-
-def result_of(made):
-    return json.loads((made / "result.json").read_text())
 
 
 def digest(policy):
@@ -431,6 +423,25 @@ def test_resume_of_a_finished_run_only_evaluates(teacher, monkeypatch, script):
         assert all(again[name] == result[name] for name in ("global_step", "teacher", "env_id", "eval_curve"))
         assert (made / "checkpoint.pt").read_bytes() == state
     assert steps(made) == [BATCH, 2 * BATCH]
+
+
+@by_script
+def test_resume_writes_a_policy_that_lags_behind(teacher, script):
+    """The run was stopped between its last training state and its policy file, which is that of an earlier end."""
+    made = run(script, "--total-timesteps", 2 * BATCH)
+    old = (made / FILES[script]).read_bytes()
+    main(script, ["--resume", made, "--total-timesteps", 4 * BATCH])
+    policy = load(made / FILES[script])
+    (made / FILES[script]).write_bytes(old)
+    main(script, ["--resume", made, "--total-timesteps", 0, "--eval-episodes", 0])
+    assert digest(load(made / FILES[script])) == digest(policy) and policy["global_step"] == 4 * BATCH
+
+
+def test_evaluation_of_a_teacher_writes_no_policy(teacher):
+    pathlib.Path("there.pt").write_text("precious")
+    for path in ("there.pt", "new/student.pt"):
+        run("distill", "--total-timesteps", 0, "--save-path", path)
+    assert pathlib.Path("there.pt").read_text() == "precious" and not os.path.exists("new")
 
 
 def test_resume_without_the_teachers_file_writes_its_own(teacher):
