@@ -4,10 +4,11 @@
     python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --student-size larger
     python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method ppo
     python benchmark/rival.py ../sb3_distill --env-id BreakoutNoFrameskip-v4 --student-size smaller
+    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method student-distill
 
-MuJoCo and Atari, in the packages of tests/requirements.txt. PPD has an untrained teacher of the paper's size; `ppo` is
-the teacher's own training. The time runs from the end of the first rollout's update, which is not counted, to that of
-the last one's. The last words are "steps/s X", as speed.py wants them of its --rival.
+MuJoCo and Atari, in the packages of tests/requirements.txt. What distills has an untrained teacher of the paper's size;
+`ppo` is the teacher's own training. The time runs from the end of the warm-up's last update, which is not counted, to
+that of the last one. The last words are "steps/s X", as speed.py wants them of its --rival.
 """
 
 import argparse
@@ -62,13 +63,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a checkout of sb3_distill")
     parser.add_argument("--env-id", default="Hopper-v4")
-    parser.add_argument("--method", choices=["ppd", "ppo"], default="ppd")
+    parser.add_argument("--method", choices=["ppd", "ppo", "student-distill", "teacher-distill"], default="ppd")
     parser.add_argument("--student-size", choices=HIDDEN, default="same")
     parser.add_argument("--seconds", type=float, default=20, help="of training, about (default: 20)")
     options = parser.parse_args()
     sys.path[:0] = [options.folder, os.path.join(options.folder, "examples")]
     from common import IMPALA_CNN
     from sb3_distill.ppd import ProximalPolicyDistillation
+    from sb3_distill.student_distill import StudentDistill
+    from sb3_distill.teacher_distill import TeacherDistill
 
     atari = "NoFrameskip" in options.env_id
     short = atari or options.env_id.startswith(("Hopper", "Swimmer"))  # rollouts of a teacher
@@ -78,7 +81,8 @@ def main():
         env = VecFrameStack(VecNormalize(env, norm_obs=False), 4)
     else:
         env = VecNormalize(make_vec_env(options.env_id, NUM_ENVS, seed=100))  # DummyVecEnv, the faster one here
-    settings = dict(batch_size=512, n_epochs=4, gae_lambda=0.9, learning_rate=3e-4, device="cpu", seed=100)
+    settings = dict(gae_lambda=0.9, learning_rate=3e-4, device="cpu", seed=100)
+    minibatches = dict(batch_size=512, n_epochs=4)
 
     def networks(size):
         if not atari:
@@ -90,21 +94,25 @@ def main():
         extractor = dict(conv_filters=filters, features_dim=units)
         return dict(features_extractor_class=IMPALA_CNN, features_extractor_kwargs=extractor, **apart)
 
-    steps, policy = 64, "CnnPolicy" if atari else "MlpPolicy"
+    steps = dict(ppd=64, ppo=256 if short else 512).get(options.method, 5)
+    policy, student = "CnnPolicy" if atari else "MlpPolicy", networks(options.student_size)
+    settings |= dict(n_steps=steps, gamma=0.995 if options.method == "ppo" or short and not atari else 0.999)
     if options.method == "ppo":
-        steps = 256 if short else 512
-        settings |= dict(n_steps=steps, gamma=0.995, ent_coef=0.01 if short else 0.0)
-        model = PPO(policy, env, policy_kwargs=networks(options.student_size), **settings)
+        model = PPO(policy, env, policy_kwargs=student, ent_coef=0.01 if short else 0.0, **settings, **minibatches)
     else:
-        settings |= dict(n_steps=steps, gamma=0.995 if short and not atari else 0.999)
-        teacher = PPO(policy, env, policy_kwargs=networks("same"), **settings)
-        student = networks(options.student_size)
-        model = ProximalPolicyDistillation(policy, env, policy_kwargs=student, **settings)
+        teacher = PPO(policy, env, policy_kwargs=networks("same"), **settings, **minibatches)
+        if options.method == "ppd":
+            model = ProximalPolicyDistillation(policy, env, policy_kwargs=student, **settings, **minibatches)
+        else:
+            method = {"student-distill": StudentDistill, "teacher-distill": TeacherDistill}[options.method]
+            model = method(policy, env, policy_kwargs=student, ent_coef=0.0, **settings)
         model.set_teacher(teacher)
 
-    samples, clock, begin = NUM_ENVS * steps, Clock(), time.perf_counter()
-    model.learn(samples, callback=clock)  # the warm-up
-    rollouts = max(1, round(options.seconds / (time.perf_counter() - begin)))
+    samples, clock = NUM_ENVS * steps, Clock()
+    warm_up = samples if options.method in ("ppd", "ppo") else 20 * samples  # short ones need more to be warm
+    begin = time.perf_counter()
+    model.learn(warm_up, callback=clock)
+    rollouts = max(1, round(options.seconds / (time.perf_counter() - begin) * warm_up / samples))
     clock.times.clear()
     model.learn(rollouts * samples, callback=clock, reset_num_timesteps=False)
     seconds = time.perf_counter() - clock.times[0]

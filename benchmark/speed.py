@@ -117,17 +117,27 @@ def measure_networks(script, state, checkpoint, rollout_threads, device):
         return actor.to(device), critic.to(device)
 
     actor, critic = load(state["policy"])
+    samples, epochs, minibatches = steps * num_envs, args.get("update_epochs", 1), [steps * num_envs]
+    asked, acting = [], actor  # networks that are asked once about each observation; and the one that acts
+    if "minibatch_size" in args:
+        size = args["minibatch_size"]
+        minibatches = [min(size, samples - first) for first in range(0, samples, size)]
+        asked = [(critic, [*minibatches, num_envs])]
+        asked += [(load(state["teacher"])[0], minibatches)] if "teacher" in state else []
+    else:
+        teacher_actor, teacher_critic = load(state["teacher"])
+        asked = [(teacher_critic, minibatches)]
+        if state["script"] == "teacher_distill.py":
+            acting = teacher_actor
+        else:
+            asked += [(teacher_actor, minibatches)]
     update_threads = torch.get_num_threads()
     torch.set_num_threads(rollout_threads)
-    inference = steps * time_passes(actor, shape, [num_envs], device, False)
+    inference = steps * time_passes(acting, shape, [num_envs], device, False)
     torch.set_num_threads(update_threads)
-    samples, size = steps * num_envs, args["minibatch_size"]
-    minibatches = [min(size, samples - first) for first in range(0, samples, size)]
-    update = time_passes(critic, shape, [*minibatches, num_envs], device, False)
-    if "teacher" in state:
-        update += time_passes(load(state["teacher"])[0], shape, minibatches, device, False)
+    update = sum(time_passes(module, shape, sizes, device, False) for module, sizes in asked)
     for module in (actor, critic):
-        update += args["update_epochs"] * time_passes(module, shape, minibatches, device, True)
+        update += epochs * time_passes(module, shape, minibatches, device, True)
     return inference, update
 
 
@@ -159,7 +169,8 @@ def measure(path, argv, seconds):
                 setattr(script, name, watches[-1])
         update_threads = torch.get_num_threads()
         try:
-            script.main(script.parse_args([*argv, "--total-timesteps", str(10**9), "--eval-episodes", "0"]))
+            stop_never = ["--total-timesteps", str(10**9), "--eval-episodes", "0", "--eval-interval", "0"]
+            script.main(script.parse_args([*argv, *stop_never]))
         except SystemExit as stop:
             if stop.code != 128 + signal.SIGTERM:
                 raise

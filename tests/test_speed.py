@@ -1,4 +1,4 @@
-"""benchmark/speed.py measures both scripts, and its parts add up."""
+"""benchmark/speed.py measures scripts of every kind, and its parts add up."""
 
 import json
 import os
@@ -11,11 +11,15 @@ import pytest
 SPEED = Path(__file__).parents[1] / "benchmark" / "speed.py"
 
 
-@pytest.mark.parametrize("script", ["ppd_continuous.py", "train_teacher.py"])
+SCRIPTS = ["ppd_continuous.py", "train_teacher.py", "student_distill.py", "teacher_distill.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_speed(script, tmp_path):
     command = [sys.executable, SPEED, "--repeats", "1", "--seconds", "4", "--rival", "echo steps/s 10"]
     command += ["--output", "result.json"]
-    command += [SPEED.parents[1] / script, "--env-id", "Hopper-v4", "--num-steps", "16", "--minibatch-size", "144"]
+    command += [SPEED.parents[1] / script, "--env-id", "Hopper-v4", "--num-steps", "16"]
+    command += [] if "_distill" in script else ["--minibatch-size", "144"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more than one waits long where something else runs, too
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

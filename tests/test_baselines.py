@@ -1,0 +1,456 @@
+"""student_distill.py and teacher_distill.py on all three suites: their loss in float64, who acts and how often the
+teacher is asked, whole runs, refusals. What they share to the letter with the other scripts is tested there."""
+
+import itertools
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import check_refused, independent_cnn, make_game_file, make_policy_file, result_of, run, same_bits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+
+import student_distill
+import teacher_distill
+
+ENVS = {"continuous": "InvertedPendulum-v4", "atari": "BreakoutNoFrameskip-v4", "procgen": "starpilot"}
+BATCH = 6  # of the runs here, 2 environments by 3 steps
+SMALL = "--num-envs 2 --num-steps 3 --eval-episodes 0 --eval-interval 0 --env-threads 1 --teacher t.pt".split()
+
+
+class Case:
+    """A script in an environment of a suite."""
+
+    def __init__(self, module, suite):
+        self.module, self.suite, self.student_acts = module, suite, module is student_distill
+        self.continuous = suite == "continuous"
+        names = {"continuous": "ParallelEnvs", "atari": "AtariEnvs", "procgen": "ProcgenEnvs"}
+        self.envs = getattr(module, names[suite])
+
+    def make_teacher(self, **changes):
+        """The file t.pt."""
+        make = make_policy_file if self.continuous else make_game_file
+        return load(make("t.pt", self.module, ENVS[self.suite], **changes))
+
+    def run(self, *arguments):
+        return run(self.module, [*SMALL, *arguments])
+
+    def resume(self, *arguments):
+        self.module.main(self.module.parse_args(["--resume", *map(str, arguments)]))
+
+
+CASES = [Case(*case) for case in itertools.product((student_distill, teacher_distill), ENVS)]
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.module.__name__}-{case.suite}")
+SMALL_CASES = [case for case in CASES if case.continuous]
+by_script = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.module.__name__)
+
+
+def load(path):
+    return student_distill.read_file(path)
+
+
+class Recorder:
+    """What a run does: the passes of its networks, the actions of its environments, its gradient steps, in order."""
+
+    def __init__(self, monkeypatch, case):
+        self.events, self.loaded = [], []
+        module = case.module
+        load_policy, step, clip = module.load_policy, case.envs.step, torch.nn.utils.clip_grad_norm_
+        adam_step = torch.optim.Adam.step
+
+        def recorded_load(*arguments):
+            self.loaded.append(load_policy(*arguments))
+            return self.loaded[-1]
+
+        def recorded_step(envs, actions, active=True):
+            self.events.append(("act", actions.copy()))
+            return step(envs, actions, active)
+
+        def recorded_clip(parameters, *rest, **kwargs):
+            weights = [parameter.detach().clone() for parameter in parameters]
+            self.events.append(("gradients", weights, [parameter.grad.clone() for parameter in parameters]))
+            return clip(parameters, *rest, **kwargs)
+
+        def recorded_adam(*arguments, **kwargs):
+            self.events.append(("optimize",))
+            return adam_step(*arguments, **kwargs)
+
+        for name in ("MlpActor", "MlpCritic", "CnnActor", "CnnCritic"):
+            network_class = getattr(module, name)
+
+            def recorded_forward(network, obs, forward=network_class.forward):
+                output = forward(network, obs)
+                self.events.append(("pass", network, obs.clone(), output, torch.is_grad_enabled()))
+                return output
+
+            monkeypatch.setattr(network_class, "forward", recorded_forward)
+        monkeypatch.setattr(module, "load_policy", recorded_load)
+        monkeypatch.setattr(case.envs, "step", recorded_step)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
+        monkeypatch.setattr(torch.optim.Adam, "step", recorded_adam)
+
+    def passes(self, network=None, gradient=None):
+        """(obs, output) of the passes of a network: of the student's, where None."""
+        teachers = [id(part) for part in self.loaded[0][:2]]
+        found = []
+        for event in self.events:
+            if event[0] == "pass" and (gradient is None or event[4] == gradient):
+                is_it = event[1] is network if network else id(event[1]) not in teachers
+                found += [event[1:4]] * is_it
+        return found
+
+
+# --- LOSS ---
+
+
+@by_case
+def test_gradient_of_the_update(folder, monkeypatch, case):
+    """In the midst of a run it is that of the formula in float64, by networks of another making."""
+    teacher, recorder = case.make_teacher(), Recorder(monkeypatch, case)
+    made = case.run("--total-timesteps", 5 * BATCH, "--ent-coef", 0.03, "--vf-coef", 0.4, "--learning-rate", 0.01)
+    student = load(made / "student.pt")
+    _, weights, gradients = [event for event in recorder.events if event[0] == "gradients"][-1]
+    names = [("actor", name) for name in student["actor"] if not name.startswith("obs_")]
+    names += [("critic", name) for name in student["critic"]]
+    order = ["logstd"] if case.continuous else []  # parameters come in the order of their definition
+    names.sort(key=lambda name: name[0] == "critic")
+    if order:
+        names.remove(("actor", "logstd"))
+        names.insert(0, ("actor", "logstd"))
+    weights = [weight.double().requires_grad_() for weight in weights]
+    student = dict(zip(names, weights, strict=True))
+    theirs = {(part, name): tensor.double() for part in ("actor", "critic") for name, tensor in teacher[part].items()}
+    (_, obs, _) = recorder.passes(gradient=True)[-1]
+    assert len(obs) == BATCH
+
+    def policy_and_value(parameters):
+        def part(which, prefix):
+            return {
+                name[len(prefix) + 1 :]: tensor
+                for (owner, name), tensor in parameters.items()
+                if owner == which and name.startswith(prefix)
+            }
+
+        if not case.continuous:
+            logits = independent_cnn("nature", part("actor", "logits"), obs)
+            return Categorical(logits=logits), independent_cnn("nature", part("critic", "value"), obs).flatten()
+        outputs = []
+        for layers in (part("actor", "mean"), part("critic", "value")):
+            x, numbers = obs.double(), sorted({int(name.split(".")[0]) for name in layers})
+            for i in numbers:
+                x = x @ layers[f"{i}.weight"].T + layers[f"{i}.bias"]
+                x = x.clamp(min=0) if i != numbers[-1] else x
+            outputs.append(x)
+        std = parameters["actor", "logstd"].exp().expand(outputs[0].shape)
+        return Independent(Normal(outputs[0], std), 1), outputs[1].flatten()
+
+    (policy, values), (teacher_policy, teacher_values) = policy_and_value(student), policy_and_value(theirs)
+    kl = kl_divergence(teacher_policy, policy).mean()
+    loss = kl - 0.03 * policy.entropy().mean() + 0.4 * ((values - teacher_values) ** 2).mean()
+    loss.backward()
+    assert kl > 1e-4
+    for weight, gradient in zip(weights, gradients, strict=True):
+        atol = 1e-4 * weight.grad.abs().max().item()
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-3, atol=atol)
+
+
+@by_case
+def test_student_that_equals_its_teacher_does_not_move(folder, monkeypatch, case):
+    teacher = case.make_teacher()
+    make_networks = case.module.make_networks
+
+    def make_equal_networks(network, generator=None):
+        actor, critic = made = make_networks(network, generator)
+        if generator:
+            actor.load_state_dict(teacher["actor"])
+            critic.load_state_dict(teacher["critic"])
+        return made
+
+    monkeypatch.setattr(case.module, "make_networks", make_equal_networks)
+    made = case.run("--total-timesteps", BATCH)
+    student, logged = load(made / "student.pt"), curves(made)
+    assert abs(logged["losses/distill_kl"][-1][1]) < 1e-5 and logged["losses/value_loss"][-1][1] < 1e-10
+    for part in ("actor", "critic"):  # a gradient moves a weight by 3e-4, the learning rate, and its rounding by less
+        for name, tensor in student[part].items():
+            torch.testing.assert_close(tensor, teacher[part][name], rtol=0, atol=3e-5)
+
+
+@by_script
+def test_student_learns(folder, case):
+    """KL to the teacher falls tenfold, and the value error, too."""
+    case.make_teacher(hidden=[8, 8])
+    arguments = ["--num-envs", 18, "--num-steps", 5, "--learning-rate", 0.002, "--total-timesteps", 40_000]
+    logged = curves(case.run(*arguments))
+    for name in ("losses/distill_kl", "losses/value_loss"):
+        values = [value for _, value in logged[name]]
+        assert values[-1] < 0.1 * values[0]
+
+
+# --- WHO ACTS ---
+
+
+@by_case
+def test_order_of_a_run(folder, monkeypatch, case):
+    """Rollout, one gradient step, rollout, …; the teacher is asked once for each observation, and has no gradient."""
+    teacher, recorder = case.make_teacher(), Recorder(monkeypatch, case)
+    case.run("--total-timesteps", 4 * BATCH)
+    kinds = [event[0] for event in recorder.events if event[0] != "pass"]
+    assert kinds == (["act"] * 3 + ["gradients", "optimize"]) * 4
+    teacher_actor, teacher_critic, _ = recorder.loaded[0]
+    seen = {}
+    for network, part in ((teacher_actor, "actor"), (teacher_critic, "critic")):
+        passes = recorder.passes(network)
+        assert sum(len(obs) for _, obs, _ in passes) == 4 * BATCH
+        seen[part] = torch.cat([obs for _, obs, _ in passes])
+        assert not any(output[0].requires_grad for _, _, output in passes)
+        assert not any(parameter.grad is not None for parameter in network.parameters())
+        assert same_bits(network.state_dict(), teacher[part])
+    assert torch.equal(seen["actor"], seen["critic"])
+    trained = [obs for network, obs, _ in recorder.passes(gradient=True) if "Actor" in type(network).__name__]
+    assert torch.equal(torch.cat(trained), seen["actor"])
+    acted = sum(len(obs) for _, obs, _ in recorder.passes(gradient=False))
+    assert acted == (4 * BATCH if case.student_acts else 0)
+
+
+@by_case
+def test_who_acts(folder, monkeypatch, case):
+    """The actions of a teacher that is sure of them are those of teacher_distill, and not those of student_distill."""
+    teacher = case.make_teacher()
+    if case.continuous:
+        teacher["actor"]["logstd"][:] = -15
+    else:
+        teacher["actor"]["logits.head.weight"] *= 1e4
+    case.module.save_atomically("t.pt", lambda file: torch.save(teacher, file))
+    recorder = Recorder(monkeypatch, case)
+    case.run("--total-timesteps", 10 * BATCH)
+    actions = torch.from_numpy(np.concatenate([event[1] for event in recorder.events if event[0] == "act"]))
+    _, obs, outputs = zip(*recorder.passes(recorder.loaded[0][0]), strict=True)
+    outputs = torch.cat([output[0] if case.continuous else output for output in outputs])
+    sure = outputs if case.continuous else outputs.argmax(-1)
+    if case.student_acts:
+        assert not torch.isclose(actions, sure, atol=1e-3).all(-1).all()
+        if case.continuous:  # a new student's standard deviation is 1
+            means = torch.cat([output[0] for _, _, output in recorder.passes(gradient=False)])
+            assert 0.7 < (actions - means).std() < 1.3
+        else:  # and its actions are nearly equally probable
+            assert torch.bincount(actions).min() > 0
+    else:
+        torch.testing.assert_close(actions, sure, rtol=0, atol=1e-4)
+
+
+@by_case
+def test_teacher_noise(folder, monkeypatch, case):
+    """It reaches the teacher's actor and critic, and is the same for the same seed."""
+    teacher = case.make_teacher()
+    noisy = []
+    for seed in (1, 1, 2):
+        recorder = Recorder(monkeypatch, case)
+        case.run("--total-timesteps", BATCH, "--teacher-noise", 0.5, "--seed", seed)
+        originals = [id(part) for part in recorder.loaded[0][:2]]
+        networks = [event[1] for event in recorder.events if event[0] == "pass" and not event[4]]
+        networks = [network for network in networks if id(network) not in originals]
+        parts = {"Actor" in type(network).__name__: network.state_dict() for network in networks}
+        if case.student_acts:  # whose own passes come before its teacher's
+            assert len({id(network) for network in networks}) == 3
+        noisy.append(parts)
+    assert same_bits(noisy[0][False], noisy[1][False]) and not same_bits(noisy[0][False], noisy[2][False])
+    for part, is_actor in (("actor", True), ("critic", False)):
+        name = next(name for name in noisy[0][is_actor] if name.endswith("weight"))
+        assert 0.3 < (noisy[0][is_actor][name] - teacher[part][name]).std() < 0.7
+
+
+# --- RUNS ---
+
+
+def curves(made):
+    accumulator = EventAccumulator(str(made), size_guidance={"scalars": 0}).Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+
+
+@by_case
+def test_the_users_lines(folder, case):
+    """Distill in a process of its own, with episodes at the end; the student is a teacher, too."""
+    case.make_teacher()
+
+    def launch(*arguments):
+        line = [sys.executable, case.module.__file__, *SMALL, *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for word in ("Warning", "Traceback", "Gym"):
+            assert word not in done.stderr + done.stdout
+        return done.stdout
+
+    more = ["--student-size", "smaller", "--amp", "--eval-episodes", 2, "--eval-interval", 10]
+    distilled = launch("--env-id", ENVS[case.suite], "--total-timesteps", 20, *more)
+    (made,) = pathlib.Path("runs").iterdir()
+    result, script = result_of(made), case.module.SCRIPT
+    assert made.name.startswith(f"{ENVS[case.suite]}__{script[:-3]}__100__")
+    assert dict(script=script, suite=case.suite, student_size="smaller", global_step=24).items() <= result.items()
+    assert [step for step, _, _ in result["eval_curve"]] == [12, 24]
+    for name in ("teacher", "student"):
+        score = result[name]["test"] if case.suite == "procgen" else result[name]
+        assert score["episodes"] == len(score["returns"]) == 2
+        assert f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over 2 episodes" in distilled
+    assert "student / teacher: " in distilled
+    student = load(made / "student.pt")
+    assert student["score"] == result["student"] and student["suite"] == case.suite
+    assert student["network"]["actor_hidden"] == ([128, 64] if case.continuous else [32, 32, 32, 128])
+    os.replace(made / "student.pt", "t.pt")
+    launch("--total-timesteps", 0, "--eval-episodes", 2)
+    (only,) = set(pathlib.Path("runs").iterdir()) - {made}
+    assert result_of(only)["teacher"] == result["student"] and "student" not in result_of(only)
+
+
+@by_script
+def test_log(folder, case):
+    """Every 50 gradient steps, and at the end; the returns of teacher_distill are named the teacher's."""
+    case.make_teacher()
+    made = case.run("--num-envs", 1, "--num-steps", 10, "--total-timesteps", 1230)
+    logged, who = curves(made), "" if case.student_acts else "teacher_"
+    assert [step for step, _ in logged["losses/distill_kl"]] == [500, 1000, 1230]
+    names = {"losses/distill_kl", "losses/value_loss", "losses/entropy", "charts/SPS"}
+    assert logged.keys() == names | {f"charts/{who}episodic_return", f"charts/{who}episodic_length"}
+
+
+def test_teacher_distill_evaluates_by_default():
+    assert teacher_distill.Args().eval_interval > 0 and student_distill.Args().eval_interval == 0
+
+
+@by_case
+def test_same_seed_same_bits(folder, case):
+    """For any number of threads, and with evaluations on the way."""
+    case.make_teacher()
+    policies = {}
+    evaluations = ["--eval-interval", 3 * BATCH, "--eval-episodes", 2]
+    runs = {"a": [], "b": ["--env-threads", 2], "c": evaluations, "d": ["--seed", 7]}
+    for name, more in runs.items():
+        made = case.run("--total-timesteps", 8 * BATCH, "--save-path", name, *more)
+        policies[name] = load(name)
+        if more is evaluations:
+            assert [step for step, _, _ in result_of(made)["eval_curve"]] == [3 * BATCH, 6 * BATCH]
+    for part in ("actor", "critic"):
+        assert same_bits(policies["a"][part], policies["b"][part])
+        assert same_bits(policies["a"][part], policies["c"][part])
+        assert not same_bits(policies["a"][part], policies["d"][part])
+
+
+@pytest.mark.parametrize("number, place", [(signal.SIGINT, "step"), (signal.SIGTERM, "policy_kl")])
+@by_case
+def test_signal_and_resume(folder, capsys, monkeypatch, case, number, place):
+    """What was begun is finished, which takes a moment, and saved."""
+    case.make_teacher()
+    owner, count = (case.envs, 2 * 3 + 2) if place == "step" else (case.module, 3)
+    calls, original = itertools.count(1), getattr(owner, place)
+
+    def struck(*arguments):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, struck)
+        with pytest.raises(SystemExit) as stop:
+            case.run("--total-timesteps", 6 * BATCH)
+    assert stop.value.code == 128 + number
+    (made,) = pathlib.Path("runs").iterdir()
+    assert f"  python {case.module.SCRIPT} --resume {made}\n" in capsys.readouterr().err
+    assert load(made / "checkpoint.pt")["progress"]["global_step"] == 3 * BATCH
+    os.remove("t.pt")  # the training state keeps the teacher
+    case.resume(made)
+    assert load(made / "student.pt")["global_step"] == result_of(made)["global_step"] == 6 * BATCH
+    state = load(made / "checkpoint.pt")
+    assert {entry["step"].item() for entry in state["optimizer"].values()} == {6.0}
+
+
+@by_script
+def test_signal_during_an_evaluation(folder, monkeypatch, case):
+    """The resumed run makes up for it, and its curve is that of a run without a stop."""
+    case.make_teacher()
+    evaluations = ["--eval-interval", 2 * BATCH, "--eval-episodes", 2, "--total-timesteps", 6 * BATCH]
+    whole = result_of(case.run(*evaluations))["eval_curve"]
+    calls, evaluate = itertools.count(1), case.module.evaluate
+
+    def struck(*arguments):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    before = set(pathlib.Path("runs").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(case.module, "evaluate", struck)
+        case.run(*evaluations)
+    (made,) = set(pathlib.Path("runs").iterdir()) - before
+    progress = load(made / "checkpoint.pt")["progress"]
+    assert progress["global_step"] == 4 * BATCH and len(progress["eval_curve"]) == 1
+    case.resume(made)
+    curve = result_of(made)["eval_curve"]
+    assert [point[0] for point in curve] == [point[0] for point in whole] == [2 * BATCH, 4 * BATCH, 6 * BATCH]
+    assert curve[:2] == whole[:2]
+
+
+@by_script
+def test_kill_9_and_resume(folder, case):
+    case.make_teacher()
+    arguments, reached = [*SMALL, "--total-timesteps", "100000000", "--checkpoint-interval", "60"], 0
+    for _ in range(3):
+        line = [sys.executable, case.module.__file__, *map(str, arguments)]
+        process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        until = time.time() + 120
+        while process.poll() is None and time.time() < until:
+            checkpoints = list(pathlib.Path(".").glob("runs/*/checkpoint.pt"))
+            if checkpoints and load(checkpoints[0])["progress"]["global_step"] > reached:
+                break
+            time.sleep(0.02)
+        time.sleep(random.random() / 2)
+        process.kill()
+        process.wait()
+        (made,) = pathlib.Path("runs").iterdir()
+        state = load(made / "checkpoint.pt")
+        assert state["progress"]["global_step"] > reached
+        reached, arguments = state["progress"]["global_step"], ["--resume", made]
+    time.sleep(1.1)  # TensorBoard reads the files in the order of their names, which have the second
+    case.resume(made, "--total-timesteps", reached + 3 * BATCH)
+    assert result_of(made)["global_step"] == reached + 3 * BATCH
+    steps = [step for step, _ in curves(made)["losses/distill_kl"]]
+    assert steps[-1] == reached + 3 * BATCH and steps[:-1] == list(range(50 * BATCH, steps[-1], 50 * BATCH))
+
+
+# --- REFUSALS ---
+
+
+@by_script
+def test_bad_input(folder, capsys, case):
+    case.make_teacher()
+    make_game_file("pong.pt", case.module, "PongNoFrameskip-v4")
+    for arguments, *words in [
+        (["--teacher", "none.pt"], "none.pt", "no such file"),
+        (["--num-steps", 0], "--num-steps 0"),
+        (["--num-levels", -1], "--num-levels"),
+        (["--eval-interval", 5, "--eval-episodes", 0], "--eval-interval"),
+        (["--env-id", "Hoper-v4"], "Hoper-v4", "Hopper-v4"),
+        (["--env-id", "BreakoutNoFrameskip-v5"], "BreakoutNoFrameskip-v4"),
+        (["--env-id", "coinrum"], "coinrun"),
+        (["--env-id", "coinrun"], "t.pt", "suite"),
+        (["--env-id", "Hopper-v4"], "t.pt", "obs_shape"),
+        (["--env-id", "BreakoutNoFrameskip-v4", "--teacher", "pong.pt"], "pong.pt", "action_dim"),
+        (["--save-path", "t.pt", "--overwrite"], "teacher's own"),
+    ]:
+        check_refused(capsys, case.module, [*SMALL, *arguments], *words)
+    check_refused(capsys, case.module, ["--env-id", ENVS[case.suite]], "--teacher")
+
+
+@by_script
+def test_training_state_of_another_script(folder, capsys, case):
+    case.make_teacher()
+    made = case.run("--total-timesteps", BATCH)
+    other = teacher_distill if case.student_acts else student_distill
+    check_refused(capsys, other, ["--resume", made], "checkpoint.pt", case.module.SCRIPT)
