@@ -111,8 +111,9 @@ class Args:
     eval_episodes: int | None = None
     """full episodes at the end (default: the paper's, 50 with deterministic actions; on Procgen, with stochastic ones,
     200 on unseen levels and as many on those of training); 0 skips the evaluation"""
-    eval_interval: int = 250_000
-    """also evaluate the student every so many environment steps, on Procgen on unseen levels; 0 never does"""
+    eval_interval: int | None = None
+    """also evaluate the student every so many environment steps (default: 250,000, unless there are no eval_episodes),
+    on Procgen on unseen levels; 0 never does"""
 
     # runtime
     cuda: bool = True
@@ -1118,6 +1119,8 @@ def main(args):
         args = dataclasses.replace(args, env_id=procgen_game(args.env_id))
     if args.eval_episodes is None:
         args = dataclasses.replace(args, eval_episodes=200 if suite == "procgen" else 50)
+    if args.eval_interval is None:
+        args = dataclasses.replace(args, eval_interval=250_000 if args.eval_episodes else 0)
     check_numbers(args)
     if args.track:
         try:

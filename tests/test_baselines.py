@@ -321,8 +321,14 @@ def test_log(folder, case):
     assert logged.keys() == names | {f"charts/{who}episodic_return", f"charts/{who}episodic_length"}
 
 
-def test_teacher_distill_evaluates_by_default():
-    assert teacher_distill.Args().eval_interval > 0 and student_distill.Args().eval_interval == 0
+@by_script
+def test_teacher_distill_evaluates_by_default(folder, case):
+    case.make_teacher()
+    arguments, intervals = ["--num-envs", 2, "--num-steps", 3, "--teacher", "t.pt", "--total-timesteps", BATCH], []
+    for episodes in (0, 1):
+        made = run(case.module, [*arguments, "--eval-episodes", episodes])
+        intervals.append(result_of(made)["args"]["eval_interval"])
+    assert intervals == ([0, 0] if case.student_acts else [0, 250_000])
 
 
 @by_case
