@@ -1,8 +1,8 @@
-"""Student-distill, a baseline of Proximal Policy Distillation (arXiv 2407.15134), for Atari, Procgen and continuous
-control: the student acts, and imitates what its teacher would have done.
+"""Student-distill, a method that Proximal Policy Distillation (arXiv 2407.15134) is compared with, for Atari, Procgen
+and continuous control: the student acts, and imitates what its teacher would have done.
 
-    python student_distill.py --env-id Hopper-v4 --teacher runs/teacher.pt
-    python student_distill.py --env-id coinrun --teacher runs/coinrun.pt --student-size smaller --seed 200
+    python student_distill.py --env-id Hopper-v4 --teacher teachers/Hopper-v4.pt
+    python student_distill.py --env-id coinrun --teacher teachers/coinrun.pt --student-size smaller --seed 200
 
 After every 5 steps of the student in its environments one gradient step on all of them minimizes
 
@@ -10,7 +10,8 @@ After every 5 steps of the student in its environments one gradient step on all 
 
 so rewards play no part in learning. Ctrl-C saves the training state, `--resume runs/...` goes on from there,
 `--total-timesteps 0` only evaluates. Settings are the paper's. Like its library, sb3_distill, this fits the critic to
-the teacher's values, and not to returns.
+the teacher's values, and not to returns; observations are normalized by the teacher's statistics, which stay as they
+are, and in the library move on.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of the experiment, a part of the run folder's name"""
     seed: int = 100
-    """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
+    """seed of networks, actions, noise and environments (the paper: 100, 200, 300, 400, 500)"""
     torch_deterministic: bool = True
     """deterministic algorithms, also on the GPU where torch has them (it warns where not)"""
     track: bool = False
@@ -122,7 +123,7 @@ class Args:
     """compute the convolutional networks in bfloat16"""
     env_threads: int = 0
     """processes, for games threads, that step the environments, 0 for one per core; changes no result"""
-    checkpoint_interval: int = 100_000
+    checkpoint_interval: int = 50_000
     """environment steps between saves of the training state"""
 
 
@@ -1135,7 +1136,7 @@ def main(args):
     if teacher["env_id"] != args.env_id:
         print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if discrete and device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -1215,7 +1216,7 @@ def main(args):
     obs_b = torch.zeros((T, N, *obs_shape), dtype=torch.uint8 if discrete else torch.float32, device=device)
     start_step = saved_step = global_step = progress["global_step"]
     envs = make_envs(args.env_id, N, args.env_threads)
-    returns_b, lengths_b, metrics = [], [], []  # since the last line of the log
+    returns_b, lengths_b, metrics = [], [], []  # since the last line of the log; not saved
     pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
     bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
     try:
@@ -1225,11 +1226,12 @@ def main(args):
         if not discrete:  # small networks: waiting threads of torch would take the cores from the environments
             torch.set_num_threads(1)
         while True:
-            stop_on_signal()
+            stop_on_signal()  # only here, for an iteration is short
 
             # EVALUATE: before anything else of an iteration, so that a resumed run makes up for an interrupted one
             evaluated_step = progress["eval_curve"][-1][0] if progress["eval_curve"] else 0
-            if args.eval_interval and global_step // args.eval_interval > evaluated_step // args.eval_interval:
+            is_due = args.eval_interval and global_step // args.eval_interval > evaluated_step // args.eval_interval
+            if is_due:
                 if suite == "procgen":
                     choose, make_eval_envs = make_sampler(actor, args.seed), procgen_envs(args, unseen=True)
                 else:
@@ -1237,7 +1239,15 @@ def main(args):
                 evaluated = summarize(evaluate(choose, make_eval_envs, args, device, stop_on_signal))
                 progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
                 writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
-            if global_step >= last_step:
+
+            # SAVE: with the evaluation in it, or a resumed run would write that point of the curve twice
+            is_over = global_step >= last_step
+            wanted = is_due or signals.save or is_over and global_step > saved_step
+            if wanted or global_step >= saved_step + args.checkpoint_interval:
+                signals.save = False
+                save_training_state()
+                saved_step = global_step
+            if is_over:
                 break
             iteration_start = time.time()
 
@@ -1253,9 +1263,9 @@ def main(args):
                 obs_b[step] = obs
                 raw_obs, _, _, _, _, finished = envs.step(action.cpu().numpy())
                 obs = actor.normalize(torch.from_numpy(raw_obs).to(device))
+                global_step += N
                 returns_b += [episode_return for _, episode_return, _ in finished]
                 lengths_b += [episode_length for _, _, episode_length in finished]
-            global_step += T * N
 
             # UPDATE: one gradient step
             b_obs = obs_b.flatten(0, 1)
@@ -1289,12 +1299,6 @@ def main(args):
                 mean_return, kl = np.mean(progress["last_returns"] or [math.nan]), logged["losses/distill_kl"]
                 bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {kl:.4f}", refresh=False)
                 returns_b, lengths_b, metrics = [], [], []
-
-            # SAVE
-            if global_step >= min(saved_step + args.checkpoint_interval, last_step) or signals.save:
-                signals.save = False
-                save_training_state()
-                saved_step = global_step
 
         # RESULT
         torch.set_num_threads(torch_threads)

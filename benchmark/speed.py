@@ -131,7 +131,7 @@ def measure_networks(script, state, checkpoint, rollout_threads, device):
             acting = teacher_actor
         else:
             asked += [(teacher_actor, minibatches)]
-    update_threads = torch.get_num_threads()
+    update_threads = torch.get_num_threads() if "minibatch_size" in args else rollout_threads
     torch.set_num_threads(rollout_threads)
     inference = steps * time_passes(acting, shape, [num_envs], device, False)
     torch.set_num_threads(update_threads)
@@ -224,6 +224,10 @@ def main():
     options = parser.parse_args()
     if not os.path.isfile(options.script):
         parser.error(f"{options.script}: no such file")
+    if "--env-id" not in options.arguments:
+        parser.error("the script's arguments have to name an environment: --env-id ID")
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: must be at least 1")
     if options.in_process:
         print(json.dumps(measure(os.path.abspath(options.script), options.arguments, options.seconds)))
         return

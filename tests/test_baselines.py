@@ -49,7 +49,7 @@ class Case:
 CASES = [Case(*case) for case in itertools.product((student_distill, teacher_distill), ENVS)]
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.module.__name__}-{case.suite}")
 SMALL_CASES = [case for case in CASES if case.continuous]
-by_script = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.module.__name__)
+by_script = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.module.__name__)  # continuous only
 
 
 def load(path):
@@ -116,14 +116,12 @@ def test_gradient_of_the_update(folder, monkeypatch, case):
     teacher, recorder = case.make_teacher(), Recorder(monkeypatch, case)
     made = case.run("--total-timesteps", 5 * BATCH, "--ent-coef", 0.03, "--vf-coef", 0.4, "--learning-rate", 0.01)
     student = load(made / "student.pt")
+    statistics = [name for name in student["actor"] if name.startswith("obs_")]
+    assert len(statistics) == (5 if case.continuous else 0)
+    assert all(torch.equal(student["actor"][name], teacher["actor"][name]) for name in statistics)
     _, weights, gradients = [event for event in recorder.events if event[0] == "gradients"][-1]
-    names = [("actor", name) for name in student["actor"] if not name.startswith("obs_")]
+    names = [("actor", name) for name in student["actor"] if name not in statistics]
     names += [("critic", name) for name in student["critic"]]
-    order = ["logstd"] if case.continuous else []  # parameters come in the order of their definition
-    names.sort(key=lambda name: name[0] == "critic")
-    if order:
-        names.remove(("actor", "logstd"))
-        names.insert(0, ("actor", "logstd"))
     weights = [weight.double().requires_grad_() for weight in weights]
     student = dict(zip(names, weights, strict=True))
     theirs = {(part, name): tensor.double() for part in ("actor", "critic") for name, tensor in teacher[part].items()}
@@ -246,6 +244,26 @@ def test_who_acts(folder, monkeypatch, case):
 
 
 @by_case
+def test_actions_are_samples(folder, monkeypatch, case):
+    """Of the policy of the one who acts: to four standard deviations of their mean or frequencies."""
+    case.make_teacher()
+    recorder = Recorder(monkeypatch, case)
+    case.run("--total-timesteps", 2000, "--num-steps", 50)
+    actions = torch.from_numpy(np.concatenate([event[1] for event in recorder.events if event[0] == "act"]))
+    passes = recorder.passes(gradient=False) if case.student_acts else recorder.passes(recorder.loaded[0][0])
+    outputs = [output for _, _, output in passes]
+    if case.continuous:
+        means, logstd = torch.cat([mean for mean, _ in outputs]), torch.stack([logstd for _, logstd in outputs])
+        noise = (actions - means) / logstd.repeat_interleave(2, 0).exp()
+        assert noise.mean().abs() < 4 / 2000**0.5 and (noise.std() - 1).abs() < 4 / 4000**0.5
+    else:
+        probabilities = torch.cat(outputs).softmax(-1).double()
+        counts = torch.bincount(actions, minlength=probabilities.shape[1])
+        variance = (probabilities * (1 - probabilities)).sum(0)
+        assert ((counts - probabilities.sum(0)).abs() < 4 * variance.sqrt()).all()
+
+
+@by_case
 def test_teacher_noise(folder, monkeypatch, case):
     """It reaches the teacher's actor and critic, and is the same for the same seed."""
     teacher = case.make_teacher()
@@ -295,7 +313,8 @@ def test_the_users_lines(folder, case):
     result, script = result_of(made), case.module.SCRIPT
     assert made.name.startswith(f"{ENVS[case.suite]}__{script[:-3]}__100__")
     assert dict(script=script, suite=case.suite, student_size="smaller", global_step=24).items() <= result.items()
-    assert [step for step, _, _ in result["eval_curve"]] == [12, 24]
+    own = result["student"]["test"] if case.suite == "procgen" else result["student"]
+    assert [step for step, _, _ in result["eval_curve"]] == [12, 24] and result["eval_curve"][1][1] == own["mean"]
     for name in ("teacher", "student"):
         score = result[name]["test"] if case.suite == "procgen" else result[name]
         assert score["episodes"] == len(score["returns"]) == 2
@@ -328,6 +347,7 @@ def test_teacher_distill_evaluates_by_default(folder, case):
     for episodes in (0, 1):
         made = run(case.module, [*arguments, "--eval-episodes", episodes])
         intervals.append(result_of(made)["args"]["eval_interval"])
+    case.resume(made, "--eval-episodes", 0)
     assert intervals == ([0, 0] if case.student_acts else [0, 250_000])
 
 
@@ -398,9 +418,12 @@ def test_signal_during_an_evaluation(folder, monkeypatch, case):
     progress = load(made / "checkpoint.pt")["progress"]
     assert progress["global_step"] == 4 * BATCH and len(progress["eval_curve"]) == 1
     case.resume(made)
+    time.sleep(1.1)  # TensorBoard reads the files in the order of their names, which have the second
+    case.resume(made, "--total-timesteps", 8 * BATCH)
     curve = result_of(made)["eval_curve"]
-    assert [point[0] for point in curve] == [point[0] for point in whole] == [2 * BATCH, 4 * BATCH, 6 * BATCH]
-    assert curve[:2] == whole[:2]
+    assert [point[0] for point in whole] == [2 * BATCH, 4 * BATCH, 6 * BATCH] and curve[:2] == whole[:2]
+    assert [point[0] for point in curve] == [2 * BATCH, 4 * BATCH, 6 * BATCH, 8 * BATCH]
+    assert curves(made)["charts/eval_return"] == [(step, pytest.approx(mean)) for step, mean, _ in curve]
 
 
 @by_script
