@@ -78,9 +78,9 @@ class Args:
     num_envs: int = 18
     """parallel environments"""
     num_levels: int = 200
-    """of Procgen: how many levels it trains on; 0 is all there are"""
+    """of Procgen: how many levels it trains on; 0 is all there are, and then none is unseen"""
     start_level: int = 0
-    """of Procgen: number of the first of these levels"""
+    """of Procgen: number of the first of these levels; without effect where num_levels is 0"""
     distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"
     """of Procgen: its kind of levels; `extreme` and `memory` are those of some games"""
 
@@ -431,28 +431,28 @@ class AtariEnvs:
 class ProcgenEnvs:
     """`num_envs` games of Procgen, stepped by its own `threads` (0: one per core), whose number changes no result. The
     levels are `num_levels` from number `start_level` on, or all there are where num_levels is 0. Procgen does not tell
-    the end of time (1,000 steps in some games) from other ends, so every end of an episode is `terminated`."""
+    a time-out (after 1,000 steps in most games) from other ends, so every end of an episode is `terminated`."""
 
     obs_shape, action_dim = (3, 64, 64), 15  # uint8: red, green, blue
 
     def __init__(self, env_id, num_envs, threads=0, num_levels=0, start_level=0, distribution_mode="easy"):
         if env_id not in PROCGEN_GAMES:
-            near = difflib.get_close_matches(env_id, PROCGEN_GAMES, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(env_id.lower(), PROCGEN_GAMES, n=3, cutoff=0.4)
             hint = f"nearest: {', '.join(near)}" if near else f"which are {', '.join(PROCGEN_GAMES)}"
             fail(f"--env-id {env_id}: not among the games of Procgen; {hint}")
-        if env_id not in PROCGEN_MODES.get(distribution_mode, env_id).split():
+        if distribution_mode in PROCGEN_MODES and env_id not in PROCGEN_MODES[distribution_mode].split():
             games = PROCGEN_MODES[distribution_mode].replace(" ", ", ")
             fail(f"--distribution-mode {distribution_mode}: {env_id} has no such levels; the games that do: {games}")
-        levels = dict(num_levels=num_levels, start_level=start_level, distribution_mode=distribution_mode)
+        options = dict(num_threads=min(threads or os.cpu_count(), num_envs), distribution_mode=distribution_mode)
+        options |= dict(num_levels=num_levels, start_level=start_level)
         try:
             from gym_notices import notices
 
             notices.notices.clear()  # the old gym, which procgen imports, prints them
             from procgen import ProcgenGym3Env
 
-            make_envs = functools.partial(ProcgenGym3Env, num_envs, env_id, num_threads=threads or os.cpu_count())
-            self.make_envs = functools.partial(make_envs, **levels)
-            self.envs = self.make_envs(rand_seed=0)
+            self.make_envs = functools.partial(ProcgenGym3Env, num_envs, env_id, **options)
+            self.envs = self.make_envs(rand_seed=0)  # finds out whether its library loads; `reset` makes them anew
         except ImportError as error:
             package = "procgen" if sys.version_info < (3, 11) else "procgen-mirror"
             fail(f"--env-id {env_id}: Procgen cannot be imported ({error}); pip install {package}")
@@ -492,13 +492,13 @@ class ProcgenEnvs:
 
 def procgen_game(env_id):
     """Procgen's own name of a game, of which procgen-coinrun-v0 and procgen:procgen-coinrun-v0 are other spellings."""
-    name = env_id.removeprefix("procgen:")
-    return name.removeprefix("procgen-").removesuffix("-v0") if name.startswith("procgen-") else name
+    name = env_id.removeprefix("procgen:").removeprefix("procgen-").removesuffix("-v0")
+    return name if env_id.startswith("procgen") and name in PROCGEN_GAMES else env_id
 
 
-def procgen_envs(args, unseen=False):
-    """What makes Procgen's environments of id, number and threads: with the levels of training, or with all there are,
-    of which those of training are a vanishing part."""
+def procgen_maker(args, unseen=False):
+    """A function of env_id, num_envs and threads that makes Procgen's environments: with the levels of training, or, if
+    unseen, with all that there are, of which 200 levels of training are a vanishing part."""
     num_levels = 0 if unseen else args.num_levels
     levels = dict(start_level=args.start_level, distribution_mode=args.distribution_mode)
     return functools.partial(ProcgenEnvs, num_levels=num_levels, **levels)
@@ -507,11 +507,11 @@ def procgen_envs(args, unseen=False):
 def find_suite(env_id):
     """The suite that an environment belongs to. A misspelt id belongs to the one that will say so, with a hint."""
     gym.register_envs(ale_py)
-    spec, game = gym.registry.get(env_id), procgen_game(env_id)
+    spec, game = gym.registry.get(env_id), env_id.lower().removeprefix("procgen-").removesuffix("-v0")
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id or spec and str(spec.entry_point).startswith("ale_py"):
         return "atari"
-    is_procgen = env_id.startswith("procgen") or not spec and difflib.get_close_matches(game, PROCGEN_GAMES, cutoff=0.7)
-    return "procgen" if is_procgen else "continuous"
+    near = [] if spec or ":" in env_id else difflib.get_close_matches(game, PROCGEN_GAMES, cutoff=0.7)
+    return "procgen" if near or env_id.lower().startswith("procgen") else "continuous"
 
 
 # --- NETWORKS ---
@@ -1023,7 +1023,7 @@ def evaluate_levels(actor, args, device, on_step):
     """A policy's scores on Procgen, with stochastic actions: on unseen levels ("test") and on those of training
     ("train"), args.eval_episodes each, and how much worse it is on the unseen ones ("gap")."""
     scores = {}
-    for name, make_envs in (("test", procgen_envs(args, unseen=True)), ("train", procgen_envs(args))):
+    for name, make_envs in (("test", procgen_maker(args, unseen=True)), ("train", procgen_maker(args))):
         scores[name] = summarize(evaluate(make_sampler(actor, args.seed), make_envs, args, device, on_step))
     return scores | dict(gap=scores["train"]["mean"] - scores["test"]["mean"])
 
@@ -1124,7 +1124,7 @@ def main(args):
             import wandb
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
-    make_envs = {"atari": AtariEnvs, "procgen": procgen_envs(args), "continuous": ParallelEnvs}[suite]
+    make_envs = {"atari": AtariEnvs, "procgen": procgen_maker(args), "continuous": ParallelEnvs}[suite]
     probe = make_envs(args.env_id, 1)
     obs_shape, action_dim = probe.obs_shape, probe.action_dim
     probe.close()
@@ -1135,6 +1135,11 @@ def main(args):
         module.requires_grad_(False)
     if teacher["env_id"] != args.env_id:
         print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
+    for name in ("num_levels", "start_level", "distribution_mode"):
+        theirs = teacher["args"].get(name, getattr(args, name))
+        if suite == "procgen" and theirs != getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"warning: the teacher was trained with {flag} {theirs}, not {getattr(args, name)}", file=sys.stderr)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
@@ -1230,10 +1235,9 @@ def main(args):
 
             # EVALUATE: before anything else of an iteration, so that a resumed run makes up for an interrupted one
             evaluated_step = progress["eval_curve"][-1][0] if progress["eval_curve"] else 0
-            is_due = args.eval_interval and global_step // args.eval_interval > evaluated_step // args.eval_interval
-            if is_due:
+            if args.eval_interval and global_step // args.eval_interval > evaluated_step // args.eval_interval:
                 if suite == "procgen":
-                    choose, make_eval_envs = make_sampler(actor, args.seed), procgen_envs(args, unseen=True)
+                    choose, make_eval_envs = make_sampler(actor, args.seed), procgen_maker(args, unseen=True)
                 else:
                     choose, make_eval_envs = actor.mode, make_envs
                 evaluated = summarize(evaluate(choose, make_eval_envs, args, device, stop_on_signal))
@@ -1242,8 +1246,8 @@ def main(args):
 
             # SAVE: with the evaluation in it, or a resumed run would write that point of the curve twice
             is_over = global_step >= last_step
-            wanted = is_due or signals.save or is_over and global_step > saved_step
-            if wanted or global_step >= saved_step + args.checkpoint_interval:
+            is_time = is_over and global_step > saved_step or global_step >= saved_step + args.checkpoint_interval
+            if is_time or signals.save:
                 signals.save = False
                 save_training_state()
                 saved_step = global_step

@@ -51,7 +51,7 @@ def play(envs, seed=3, steps=150):
 def test_all_games_and_their_names():
     assert sorted(ppd_procgen.PROCGEN_GAMES) == sorted(ENV_NAMES) and len(ENV_NAMES) == 16
     for game in ppd_procgen.PROCGEN_GAMES:
-        for env_id in (game, f"procgen-{game}-v0", f"procgen:procgen-{game}-v0"):
+        for env_id in (game, f"procgen-{game}-v0", f"procgen:procgen-{game}-v0", f"procgen-{game}"):
             assert ppd_procgen.procgen_game(env_id) == game and train_teacher.find_suite(env_id) == "procgen"
         envs = ppd_procgen.ProcgenEnvs(game, 2, 1)
         obs = envs.reset([0, 0])
@@ -112,13 +112,13 @@ def levels_of(envs, steps=400):
 def test_levels_of_training_and_unseen_ones():
     args = ppd_procgen.Args()
     assert (args.num_levels, args.start_level, args.distribution_mode) == (200, 0, "easy")
-    training = levels_of(ppd_procgen.procgen_envs(args)("coinrun", 16, 1))
+    training = levels_of(ppd_procgen.procgen_maker(args)("coinrun", 16, 1))
     assert len(training) > 60 and max(training) < 200 and min(training) >= 0
-    unseen = levels_of(ppd_procgen.procgen_envs(args, unseen=True)("coinrun", 16, 1))
+    unseen = levels_of(ppd_procgen.procgen_maker(args, unseen=True)("coinrun", 16, 1))
     assert len(unseen) > 60 and not unseen & set(range(200))
     args = ppd_procgen.Args(num_levels=3, start_level=1000)
-    assert levels_of(ppd_procgen.procgen_envs(args)("coinrun", 16, 1), 100) == {1000, 1001, 1002}
-    assert max(levels_of(ppd_procgen.procgen_envs(args, unseen=True)("coinrun", 16, 1), 10)) > 10**6
+    assert levels_of(ppd_procgen.procgen_maker(args)("coinrun", 16, 1), 100) == {1000, 1001, 1002}
+    assert max(levels_of(ppd_procgen.procgen_maker(args, unseen=True)("coinrun", 16, 1), 10)) > 10**6
 
 
 def test_seeds_and_threads_and_modes():
@@ -210,6 +210,7 @@ def test_evaluation_plays_its_quota_on_both_kinds_of_levels(monkeypatch):
         finished.append((len(made), found[-1]))
         return found
 
+    monkeypatch.setattr(ppd_procgen.CnnActor, "mode", None)  # actions are stochastic
     monkeypatch.setattr(ppd_procgen.ProcgenEnvs, "__init__", recorded_init)
     monkeypatch.setattr(ppd_procgen.ProcgenEnvs, "step", recorded_step)
     args = ppd_procgen.Args(env_id="coinrun", eval_episodes=30, env_threads=1, num_levels=100)
@@ -294,7 +295,70 @@ def test_the_users_lines(folder):
     assert "teacher: {mean:.1f} ± ".format(**result["student"]["test"]) in only
 
 
-def test_levels_reach_the_run(folder, monkeypatch):
+@by_script
+def test_the_curve_is_that_of_unseen_levels(folder, monkeypatch, script):
+    make_game_file("t.pt", ppd_procgen, "bigfish")
+    monkeypatch.setattr(SCRIPTS[script].CnnActor, "mode", None)  # actions are stochastic
+    more = ["--total-timesteps", 32, "--eval-episodes", 8, "--eval-interval", 32]
+    result = result_of(run(SCRIPTS[script], command(script, "--env-id", "bigfish", *more)))
+    score = result["teacher" if script == "teach" else "student"]
+    assert score["test"]["returns"] != score["train"]["returns"]
+    assert result["eval_curve"] == [[32, score["test"]["mean"], score["test"]["std"]]]
+
+
+@by_script
+def test_seeds_reach_the_environments(folder, monkeypatch, script):
+    """That of the run, of the step at which it was resumed, and evaluation's own."""
+    make_game_file("t.pt", ppd_procgen, "coinrun")
+    module, seeds = SCRIPTS[script], []
+    reset = module.ProcgenEnvs.reset
+
+    def recorded_reset(envs, given):
+        seeds.append(given)
+        return reset(envs, given)
+
+    monkeypatch.setattr(module.ProcgenEnvs, "reset", recorded_reset)
+    made = run(module, command(script, "--total-timesteps", 32, "--seed", 7))
+    resumed = ["--resume", made, "--total-timesteps", 64, "--eval-episodes", 3]
+    module.main(module.parse_args([str(argument) for argument in resumed]))
+    assert seeds[:2] == [module.derive_seeds(7, "environments", 2), module.derive_seeds(7, "environments", 2, 32)]
+    assert len(seeds[2:]) == (2 if script == "teach" else 4)
+    assert all(given == module.derive_seeds(7, "evaluation", 3) for given in seeds[2:])
+
+
+@by_script
+def test_settings_of_the_paper(folder, script):
+    """Table 3, in what a run is told nothing of."""
+    made = make_game_file("t.pt", ppd_procgen, "coinrun")
+    sizes = ["--total-timesteps", 1, "--num-envs", 2, "--minibatch-size", 2, "--eval-episodes", 0]
+    what = ["--env-id", "coinrun", "--size", "smaller"] if script == "teach" else ["--teacher", made]
+    args = result_of(run(SCRIPTS[script], [*what, *sizes]))["args"]
+    common = dict(learning_rate=3e-4, gae_lambda=0.9, update_epochs=4, clip_coef=0.2, vf_coef=0.5, max_grad_norm=0.5)
+    if script == "teach":
+        settings = dict(num_steps=512, gamma=0.995, ent_coef=0.01)
+        totals = dict(total_timesteps=30_000_000, eval_episodes=200)
+        assert totals.items() <= train_teacher.PAPER_SETTINGS["procgen"].items()
+    else:
+        settings = dict(num_steps=64, gamma=0.999, ent_coef=0.0, distill_lambda=1.0, kl="forward")
+        defaults = ppd_procgen.Args()
+        assert (defaults.total_timesteps, defaults.eval_episodes) == (2_000_000, 200)
+    assert (common | settings | dict(num_levels=200, start_level=0, distribution_mode="easy")).items() <= args.items()
+    assert (SCRIPTS[script].Args().num_envs, SCRIPTS[script].Args().minibatch_size) == (18, 512)
+
+
+def test_other_levels_than_the_teachers_warn(folder, capsys):
+    """And the command that train_teacher.py prints has the levels of its own run."""
+    levels = ["--num-levels", 5, "--distribution-mode", "hard"]
+    run(train_teacher, command("teach", "--save-path", "t.pt", "--total-timesteps", 32, *levels))
+    assert "--teacher t.pt --num-levels 5 --distribution-mode hard\n" in capsys.readouterr().out
+    run(ppd_procgen, command("distill", "--total-timesteps", 32, "--num-levels", 5))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: the teacher was trained with --distribution-mode hard, not easy"]
+    run(ppd_procgen, command("distill", "--total-timesteps", 32, *levels))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_levels_reach_the_run(folder, capsys, monkeypatch):
     """Training sees the levels that the flags say, and a resumed run sees them, too."""
     make_game_file("t.pt", ppd_procgen, "coinrun")
     seeds, step = set(), ppd_procgen.ProcgenEnvs.step
@@ -309,8 +373,7 @@ def test_levels_reach_the_run(folder, monkeypatch):
     arguments = ["--resume", made, "--total-timesteps", 96]
     ppd_procgen.main(ppd_procgen.parse_args([str(argument) for argument in arguments]))
     assert seeds == {55, 56} and result_of(made)["global_step"] == 96
-    with pytest.raises(SystemExit):
-        ppd_procgen.parse_args([*map(str, arguments), "--num-levels", "3"])
+    check_refused(capsys, ppd_procgen, [*arguments, "--num-levels", 3], "--num-levels", "cannot be changed")
 
 
 # --- REFUSALS ---
@@ -318,7 +381,7 @@ def test_levels_reach_the_run(folder, monkeypatch):
 
 @pytest.mark.parametrize("env_id, words", [
     ("coinrum", ["not among the games of Procgen", "coinrun"]),
-    ("procgen-coinrun", ["not among the games of Procgen", "coinrun"]),
+    ("COINRUN", ["not among the games of Procgen", "coinrun"]),
     ("procgen-coin-v0", ["not among the games of Procgen", "coinrun"]),
     ("procgen:starpiolt", ["not among the games of Procgen", "starpilot"]),
 ])  # fmt: skip
@@ -326,18 +389,15 @@ def test_levels_reach_the_run(folder, monkeypatch):
 def test_no_game_of_procgen(folder, capsys, script, env_id, words):
     if script == "distill":
         make_game_file("t.pt", ppd_procgen, "coinrun")
-    arguments = [*command(script), "--env-id", env_id]
-    if env_id == "procgen-coinrun":
-        run(SCRIPTS[script], [*arguments, "--total-timesteps", 32])  # there is no doubt what is meant
-    else:
-        check_refused(capsys, SCRIPTS[script], arguments, "--env-id", *words)
+    check_refused(capsys, SCRIPTS[script], [*command(script), "--env-id", env_id], f"--env-id {env_id}", *words)
 
 
 def test_other_environments_are_refused(folder, capsys):
     make_game_file("t.pt", ppd_procgen, "coinrun")
     for env_id in ("Hopper-v4", "BreakoutNoFrameskip-v4", ""):
         check_refused(capsys, ppd_procgen, command("distill", "--env-id", env_id), "--env-id", "Procgen")
-    for env_id, suite in {"Hopper-v4": "continuous", "ALE/Pong-v5": "atari", "Jumper-v9": "continuous"}.items():
+    suites = {"Hopper-v4": "continuous", "ALE/Pong-v5": "atari", "a:jumper-v0": "continuous", "Maze-v0": "procgen"}
+    for env_id, suite in suites.items():
         assert train_teacher.find_suite(env_id) == suite
 
 
