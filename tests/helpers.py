@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -119,3 +120,15 @@ def train_briefly(module, **changes):
 def same_bits(first, second):
     """Whether two dicts of tensors, such as state dicts, are equal to the last bit."""
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def strike(monkeypatch, owner, name, count, action):
+    """Do `action` in the count-th call of the function."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def struck(*arguments, **options):
+        if next(calls) == count:
+            action()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, struck)

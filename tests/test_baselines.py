@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import check_refused, independent_cnn, make_game_file, make_policy_file, result_of, run, same_bits
+from helpers import check_refused, independent_cnn, make_game_file, make_policy_file, result_of, run, same_bits, strike
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
@@ -284,6 +284,17 @@ def test_teacher_noise(folder, monkeypatch, case):
         assert 0.3 < (noisy[0][is_actor][name] - teacher[part][name]).std() < 0.7
 
 
+@by_script
+def test_scores_with_teacher_noise(folder, case):
+    """The noisy and the original teacher are both measured, and there is a ratio for each."""
+    case.make_teacher(hidden=[100, 100])
+    clean = result_of(case.run("--total-timesteps", 0, "--eval-episodes", 2))
+    result = result_of(case.run("--total-timesteps", BATCH, "--eval-episodes", 2, "--teacher-noise", 0.05))
+    assert result["original_teacher"] == clean["teacher"] != result["teacher"]
+    assert result["ratio"] == result["student"]["mean"] / result["teacher"]["mean"]
+    assert result["ratio_original"] == result["student"]["mean"] / result["original_teacher"]["mean"]
+
+
 # --- RUNS ---
 
 
@@ -375,15 +386,8 @@ def test_signal_and_resume(folder, capsys, monkeypatch, case, number, place):
     """What was begun is finished, which takes a moment, and saved."""
     case.make_teacher()
     owner, count = (case.envs, 2 * 3 + 2) if place == "step" else (case.module, 3)
-    calls, original = itertools.count(1), getattr(owner, place)
-
-    def struck(*arguments):
-        if next(calls) == count:
-            os.kill(os.getpid(), number)
-        return original(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, place, struck)
+        strike(patch, owner, place, count, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stop:
             case.run("--total-timesteps", 6 * BATCH)
     assert stop.value.code == 128 + number
@@ -403,16 +407,9 @@ def test_signal_during_an_evaluation(folder, monkeypatch, case):
     case.make_teacher()
     evaluations = ["--eval-interval", 2 * BATCH, "--eval-episodes", 2, "--total-timesteps", 6 * BATCH]
     whole = result_of(case.run(*evaluations))["eval_curve"]
-    calls, evaluate = itertools.count(1), case.module.evaluate
-
-    def struck(*arguments):
-        if next(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
-
     before = set(pathlib.Path("runs").iterdir())
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(case.module, "evaluate", struck)
+        strike(patch, case.module, "evaluate", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         case.run(*evaluations)
     (made,) = set(pathlib.Path("runs").iterdir()) - before
     progress = load(made / "checkpoint.pt")["progress"]
@@ -425,6 +422,111 @@ def test_signal_during_an_evaluation(folder, monkeypatch, case):
     assert [point[0] for point in whole] == [2 * BATCH, 4 * BATCH, 6 * BATCH] and curve[:2] == whole[:2]
     assert [point[0] for point in curve] == [2 * BATCH, 4 * BATCH, 6 * BATCH, 8 * BATCH]
     assert curves(made)["charts/eval_return"] == [(step, pytest.approx(mean)) for step, mean, _ in curve]
+
+
+@by_script
+def test_signal_during_the_final_evaluation(folder, monkeypatch, case):
+    """Training is over and saved; the resumed run only evaluates."""
+    case.make_teacher()
+    arguments = ["--total-timesteps", 2 * BATCH, "--eval-episodes", 2]
+    with monkeypatch.context() as patch:
+        strike(patch, case.envs, "step", 2 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit) as stop:
+            case.run(*arguments)
+    (made,) = pathlib.Path("runs").iterdir()
+    trained = load(made / "student.pt")
+    assert stop.value.code == 128 + signal.SIGINT and "score" not in trained and not (made / "result.json").exists()
+    check_only_evaluates(monkeypatch, case, made, trained)
+
+
+@by_script
+def test_resume_of_a_finished_run_only_evaluates(folder, monkeypatch, case):
+    case.make_teacher()
+    made = case.run("--total-timesteps", 2 * BATCH)
+    check_only_evaluates(monkeypatch, case, made, load(made / "student.pt"))
+
+
+def check_only_evaluates(monkeypatch, case, made, trained):
+    state = (made / "checkpoint.pt").read_bytes()
+    strike(monkeypatch, torch.optim.Adam, "step", 1, lambda: pytest.fail("it trains"))
+    case.resume(made, "--eval-episodes", 2)
+    student, result = load(made / "student.pt"), result_of(made)
+    for part in ("actor", "critic"):
+        assert same_bits(student[part], trained[part])
+    assert student["score"] == result["student"] and result["global_step"] == 2 * BATCH
+    assert (made / "checkpoint.pt").read_bytes() == state
+
+
+@by_script
+def test_sigusr1_saves_and_goes_on(folder, monkeypatch, case):
+    case.make_teacher()
+    saves, save = [], case.module.save_atomically
+
+    def recorded_save(path, write):
+        save(path, write)
+        if path.endswith("checkpoint.pt"):
+            saves.append(load(path)["progress"]["global_step"])
+
+    monkeypatch.setattr(case.module, "save_atomically", recorded_save)
+    strike(monkeypatch, case.module, "policy_kl", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    made = case.run("--total-timesteps", 4 * BATCH)
+    assert saves == [2 * BATCH, 4 * BATCH] and result_of(made)["global_step"] == 4 * BATCH
+
+
+@by_script
+def test_resumed_optimizer_and_generator(folder, monkeypatch, case):
+    """They go on where they were: the noise of a run in two parts is that of one in a single part."""
+    case.make_teacher()
+    whole = load(case.run("--total-timesteps", 5 * BATCH) / "checkpoint.pt")
+    made = case.run("--total-timesteps", 2 * BATCH)
+    state, seen = load(made / "checkpoint.pt"), []
+    step = torch.optim.Adam.step
+
+    def recorded_step(optimizer, *arguments):
+        if not seen:
+            parameters = optimizer.param_groups[0]["params"]
+            seen.extend({name: tensor.clone() for name, tensor in optimizer.state[p].items()} for p in parameters)
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
+    case.resume(made, "--total-timesteps", 5 * BATCH)
+    for i, entry in enumerate(seen):
+        assert entry["step"] == 2 and same_bits(entry, state["optimizer"][i])
+    assert torch.equal(load(made / "checkpoint.pt")["generator"], whole["generator"])
+    assert not torch.equal(state["generator"], whole["generator"])
+
+
+@by_script
+@pytest.mark.parametrize("quantity", ["observation", "loss or gradient"])
+def test_non_finite_stops_the_run(folder, monkeypatch, case, quantity):
+    """In the fourth iteration; the training state of the third stays as it is."""
+    case.make_teacher()
+    arguments, kept = ["--total-timesteps", 6 * BATCH, "--checkpoint-interval", BATCH], []
+    policy_kl, step_envs, calls = case.module.policy_kl, case.module.step_envs, itertools.count(1)
+
+    def keep():
+        kept.extend(path.read_bytes() for path in pathlib.Path("runs").glob("*/checkpoint.pt"))
+
+    def faulty_kl(*policies):
+        return policy_kl(*policies) * (np.nan if next(calls) == 4 else 1)
+
+    def faulty_step(envs, table):
+        step_envs(envs, table)
+        table["obs"][1] *= np.nan if next(calls) == 3 * 3 + 2 else 1
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        names = ("step_envs", faulty_step) if quantity == "observation" else ("policy_kl", faulty_kl)
+        patch.setattr(case.module, *names)
+        strike(patch, case.envs, "step", 3 * 3 + 1, keep)
+        case.run(*arguments)
+    at = 3 * BATCH + 2 if quantity == "observation" else 4 * BATCH
+    assert stop.value.code == f"{case.module.SCRIPT}: error: non-finite {quantity} at step {at}"
+    (made,) = pathlib.Path("runs").iterdir()
+    assert [(made / "checkpoint.pt").read_bytes()] == kept
+    assert load(made / "checkpoint.pt")["progress"]["global_step"] == 3 * BATCH
+    assert not (made / "student.pt").exists() and not (made / "result.json").exists()
+    case.resume(made)  # the cause is gone
+    assert result_of(made)["global_step"] == 6 * BATCH
 
 
 @by_script

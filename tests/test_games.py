@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import independent_cnn, make_game_file, result_of, run, same_bits
+from helpers import independent_cnn, make_game_file, result_of, run, same_bits, strike
 from torch.distributions import Categorical, kl_divergence
 
 import ppd_atari
@@ -335,17 +335,9 @@ def test_evaluation_changes_no_bit(folder, case):
 @by_case
 def test_signal_and_resume(folder, capsys, monkeypatch, case, number, name, count, saved):
     case.make_teacher()
-    owner, calls = case.envs if name == "step" else case.module, []
-    original = getattr(owner, name)
-
-    def struck(*arguments):
-        calls.append(None)
-        if len(calls) == count:
-            os.kill(os.getpid(), number)
-        return original(*arguments)
-
+    owner = case.envs if name == "step" else case.module
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, struck)
+        strike(patch, owner, name, count, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stop:
             case.run("--total-timesteps", 4 * BATCH)
     assert stop.value.code == 128 + number

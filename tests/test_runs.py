@@ -19,7 +19,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import make_policy_file, result_of
+from helpers import make_policy_file, result_of, strike
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -89,18 +89,6 @@ def curves(made):
 
 def steps(made, tag="losses/value_loss"):
     return [event.step for event in curves(made)[tag]]
-
-
-def strike(monkeypatch, owner, name, count, action):
-    """Do `action` in the count-th call of the function."""
-    calls, original = itertools.count(1), getattr(owner, name)
-
-    def struck(*arguments, **options):
-        if next(calls) == count:
-            action()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, struck)
 
 
 def send(number):
