@@ -3,7 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -132,3 +137,24 @@ def strike(monkeypatch, owner, name, count, action):
         return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, struck)
+
+
+def kill_at_random_moments(module, arguments, times):
+    """Kill a run of a script in a process of its own, by SIGKILL, after it has saved, then so the run that resumes it,
+    …; the path of its folder and the step that it has reached. Each of them gets further than the last."""
+    environment, reached = os.environ | {"OMP_NUM_THREADS": "1"}, 0
+    for _ in range(times):
+        line = [sys.executable, module.__file__, *map(str, arguments)]
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until, saved = time.time() + 120, reached
+        while saved <= reached:
+            assert process.poll() is None and time.time() < until
+            time.sleep(0.02)
+            for checkpoint in pathlib.Path(".").glob("runs/*/checkpoint.pt"):
+                saved = module.read_file(checkpoint)["progress"]["global_step"]
+        time.sleep(random.random() / 2)
+        process.kill()
+        process.wait()
+        (made,) = pathlib.Path("runs").iterdir()
+        reached, arguments = module.read_file(made / "checkpoint.pt")["progress"]["global_step"], ["--resume", made]
+    return made, reached

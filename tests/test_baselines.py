@@ -4,7 +4,6 @@ teacher is asked, whole runs, refusals. What they share to the letter with the o
 import itertools
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +12,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import check_refused, independent_cnn, make_game_file, make_policy_file, result_of, run, same_bits, strike
+from helpers import (
+    check_refused,
+    independent_cnn,
+    kill_at_random_moments,
+    make_game_file,
+    make_policy_file,
+    result_of,
+    run,
+    same_bits,
+    strike,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
@@ -532,23 +541,8 @@ def test_non_finite_stops_the_run(folder, monkeypatch, case, quantity):
 @by_script
 def test_kill_9_and_resume(folder, case):
     case.make_teacher()
-    arguments, reached = [*SMALL, "--total-timesteps", "100000000", "--checkpoint-interval", "60"], 0
-    for _ in range(3):
-        line = [sys.executable, case.module.__file__, *map(str, arguments)]
-        process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        until = time.time() + 120
-        while process.poll() is None and time.time() < until:
-            checkpoints = list(pathlib.Path(".").glob("runs/*/checkpoint.pt"))
-            if checkpoints and load(checkpoints[0])["progress"]["global_step"] > reached:
-                break
-            time.sleep(0.02)
-        time.sleep(random.random() / 2)
-        process.kill()
-        process.wait()
-        (made,) = pathlib.Path("runs").iterdir()
-        state = load(made / "checkpoint.pt")
-        assert state["progress"]["global_step"] > reached
-        reached, arguments = state["progress"]["global_step"], ["--resume", made]
+    arguments = [*SMALL, "--total-timesteps", 10**8, "--checkpoint-interval", 60]
+    made, reached = kill_at_random_moments(case.module, arguments, 3)
     time.sleep(1.1)  # TensorBoard reads the files in the order of their names, which have the second
     case.resume(made, "--total-timesteps", reached + 3 * BATCH)
     assert result_of(made)["global_step"] == reached + 3 * BATCH

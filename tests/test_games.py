@@ -2,16 +2,12 @@
 
 import os
 import pathlib
-import random
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import independent_cnn, make_game_file, result_of, run, same_bits, strike
+from helpers import independent_cnn, kill_at_random_moments, make_game_file, result_of, run, same_bits, strike
 from torch.distributions import Categorical, kl_divergence
 
 import ppd_atari
@@ -354,23 +350,9 @@ def test_signal_and_resume(folder, capsys, monkeypatch, case, number, name, coun
 
 @by_suite
 def test_kill_9_and_resume(folder, suite):
-    case, reached = Case(suite, teaches=False), 0
+    case = Case(suite, teaches=False)
     case.make_teacher()
     arguments = case.command("--total-timesteps", 10**8, "--checkpoint-interval", BATCH)
-    for _ in range(2):
-        line = [sys.executable, case.module.__file__, *map(str, arguments)]
-        process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        until = time.time() + 120
-        while process.poll() is None and time.time() < until:
-            checkpoints = list(pathlib.Path(".").glob("runs/*/checkpoint.pt"))
-            if checkpoints and load(checkpoints[0])["progress"]["global_step"] > reached:
-                break
-            time.sleep(0.02)
-        time.sleep(random.random() / 2)
-        process.kill()
-        process.wait()
-        (made,) = pathlib.Path("runs").iterdir()
-        assert load(made / "checkpoint.pt")["progress"]["global_step"] > reached
-        reached, arguments = load(made / "checkpoint.pt")["progress"]["global_step"], ["--resume", made]
+    made, reached = kill_at_random_moments(case.module, arguments, 2)
     case.resume(made, "--total-timesteps", reached + BATCH)
     assert result_of(made)["global_step"] == reached + BATCH

@@ -19,7 +19,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import make_policy_file, result_of, strike
+from helpers import kill_at_random_moments, make_policy_file, result_of, strike
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -359,21 +359,11 @@ def test_signal_at_a_random_moment(teacher, script, number):
     assert steps(made) == list(range(BATCH, saved + 2 * BATCH + 1, BATCH))
 
 
-@pytest.mark.parametrize("script", ["distill"])
-def test_kill_9_at_random_moments(teacher, script):
-    arguments, reached = command(script, "--total-timesteps", 10**8, "--checkpoint-interval", BATCH), 0
-    for _ in range(3):
-        process = launch(script, arguments)
-        wait_for(lambda: list(pathlib.Path(".").glob("runs/*/checkpoint.pt")), process)
-        (made,) = pathlib.Path("runs").iterdir()
-        wait_for(lambda made=made, reached=reached: step_of(made) > reached, process)
-        time.sleep(random.random() / 2)
-        process.kill()
-        process.communicate()
-        assert step_of(made) > reached
-        reached, arguments = step_of(made), ["--resume", made]
+def test_kill_9_at_random_moments(teacher):
+    arguments = command("distill", "--total-timesteps", 10**8, "--checkpoint-interval", BATCH)
+    made, reached = kill_at_random_moments(ppd_continuous, arguments, 3)
     time.sleep(1)  # so that the next event file's name is later
-    main(script, ["--resume", made, "--total-timesteps", reached + BATCH, "--eval-episodes", 1])
+    main("distill", ["--resume", made, "--total-timesteps", reached + BATCH, "--eval-episodes", 1])
     assert steps(made) == list(range(BATCH, reached + BATCH + 1, BATCH))
     episodes = collections.Counter(steps(made, "charts/episodic_return"))
     assert max(episodes.values()) <= 2  # environments
