@@ -250,23 +250,21 @@ def make_env(env_id):
 
 def step_envs(envs, table):
     """Act in some of the environments, a dict of number and environment, each reset in the very step that ends its
-    episode. The actions come from the table that all processes share, and what follows from them goes there."""
+    episode. The actions come from the table that all processes share, a dict of arrays with a row for each environment,
+    and what follows from them goes there."""
     for i, env in envs.items():
-        row = table[i]
-        if row["active"]:
-            obs, row["reward"], row["terminated"], row["truncated"], _ = env.step(row["action"].copy())
-            row["return"] += row["reward"]
-            row["length"] += 1
-            row["last_obs"] = obs
-            if row["terminated"] or row["truncated"]:
+        if table["active"][i]:
+            obs, table["reward"][i], terminated, truncated, _ = env.step(table["action"][i].copy())
+            table["last_obs"][i], table["terminated"][i], table["truncated"][i] = obs, terminated, truncated
+            if terminated or truncated:
                 obs, _ = env.reset()  # goes on with the environment's own random stream
-            row["obs"] = obs
+            table["obs"][i] = obs
 
 
 def reset_envs(envs, table, seeds):
     """Start new episodes in some of the environments, number i with seeds[i]."""
     for i, env in envs.items():
-        table[i]["obs"], _ = env.reset(seed=seeds[i])
+        table["obs"][i], _ = env.reset(seed=seeds[i])
 
 
 def serve_envs(env_id, share, memory, columns, pipe, parents_pipe):
@@ -275,7 +273,8 @@ def serve_envs(env_id, share, memory, columns, pipe, parents_pipe):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parents_pipe.close()  # the copy in this process would keep the pipe open when the parent has died
-    envs, table = {i: make_env(env_id) for i in share}, np.frombuffer(memory, columns)
+    envs, rows = {i: make_env(env_id) for i in share}, np.frombuffer(memory, columns)
+    table = {name: rows[name] for name in columns.names}
     try:
         while True:
             seeds = pipe.recv()
@@ -299,11 +298,13 @@ class ParallelEnvs:
         action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
         columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape)]
         columns += [("action", *action), ("reward", float)]
-        columns += [("return", float), ("length", int), ("terminated", bool), ("truncated", bool), ("active", bool)]
+        columns += [("terminated", bool), ("truncated", bool), ("active", bool)]
         columns = np.dtype(columns, align=True)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         memory = context.RawArray("b", num_envs * columns.itemsize)
-        self.table = np.frombuffer(memory, columns)  # a row for each environment
+        rows = np.frombuffer(memory, columns)  # one for each environment
+        self.table = {name: rows[name] for name in columns.names}
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.pipes, self.processes = [], []
         for share in shares[1:]:
             pipe, childs_pipe = context.Pipe()
@@ -327,7 +328,7 @@ class ParallelEnvs:
 
     def reset(self, seeds):
         """Start new episodes, environment i with seeds[i]; the observations, (num_envs, obs_dim) float64."""
-        self.table["return"], self.table["length"] = 0, 0
+        self.returns[:], self.lengths[:] = 0, 0
         self.tell(seeds)
         if not np.isfinite(self.table["obs"]).all():
             raise FloatingPointError("observation")
@@ -342,15 +343,17 @@ class ParallelEnvs:
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
         (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
         table = self.table
-        table["action"], table["active"] = np.clip(actions, self.action_space.low, self.action_space.high), active
+        table["action"][:], table["active"][:] = np.clip(actions, self.action_space.low, self.action_space.high), active
         self.tell(None)
         if not (np.isfinite(table["last_obs"]).all() and np.isfinite(table["obs"]).all()):
             raise FloatingPointError("observation")
         if not np.isfinite(table["reward"]).all():
             raise FloatingPointError("reward")
+        self.returns += table["reward"] * active
+        self.lengths += active
         ended = np.flatnonzero((table["terminated"] | table["truncated"]) & active)
-        finished = [(int(i), float(table["return"][i]), int(table["length"][i])) for i in ended]
-        table["return"][ended], table["length"][ended] = 0, 0
+        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        self.returns[ended], self.lengths[ended] = 0, 0
         names = "obs", "reward", "terminated", "truncated", "last_obs"
         return *(table[name].copy() for name in names), finished
 
