@@ -165,6 +165,20 @@ def test_only_active_environments_are_stepped(script, scripted):
     np.testing.assert_array_equal(obs, [observation(0, 1, 0), observation(1, 1, 1), observation(2, 0, 2)])
 
 
+def test_returns_of_active_environments_since_the_reset(script, scripted):
+    """What came before the reset, or while an environment was not stepped, counts for nothing."""
+    scripted.schedule[0, 3] = scripted.schedule[1, 2] = "terminated"
+    envs = script.ParallelEnvs("Scripted-v0", 2, 1)
+    actions = np.zeros((2, 2), np.float32)
+    for seeds, active in (([0, 1], True), ([2, 3], True), (None, np.array([True, False])), (None, True)):
+        if seeds:
+            envs.reset(seeds)
+        *_, finished = envs.step(actions, active)
+    envs.close()
+    returns = sum(reward(0, k) for k in (1, 2, 3)), sum(reward(1, k) for k in (1, 2))
+    assert finished == [(0, pytest.approx(returns[0]), 3), (1, pytest.approx(returns[1]), 2)]
+
+
 def test_actions_are_clipped(script, scripted):
     envs = script.ParallelEnvs("Scripted-v0", 2, 1)
     envs.reset([0, 1])
