@@ -230,6 +230,8 @@ def keep_freed_memory():
 
 # --- ENVIRONMENT ---
 
+IDLE, STEP, RESET, END = range(4)  # what a process is told to do with an environment
+
 
 def make_env(env_id):
     """One gymnasium environment with a flat Box observation and a flat Box action; any other id ends the program."""
@@ -248,40 +250,53 @@ def make_env(env_id):
     return env
 
 
-def step_envs(envs, table):
-    """Act in some of the environments, a dict of number and environment, each reset in the very step that ends its
-    episode. The actions come from the table that all processes share, a dict of arrays with a row for each environment,
-    and what follows from them goes there."""
+def follow(envs, table):
+    """Do with each of the environments, a dict of number and environment, the task in its row of the table: a step, and
+    a reset in the very step that ends an episode; a reset with a seed; or nothing. The table, a dict of arrays with a
+    row for each environment, is shared by all processes: actions and seeds come from it, what follows goes there."""
     for i, env in envs.items():
-        if table["active"][i]:
+        if table["task"][i] == STEP:
             obs, table["reward"][i], terminated, truncated, _ = env.step(table["action"][i].copy())
             table["last_obs"][i], table["terminated"][i], table["truncated"][i] = obs, terminated, truncated
             if terminated or truncated:
                 obs, _ = env.reset()  # goes on with the environment's own random stream
             table["obs"][i] = obs
+        elif table["task"][i] == RESET:
+            table["obs"][i], _ = env.reset(seed=int(table["seed"][i]))
 
 
-def reset_envs(envs, table, seeds):
-    """Start new episodes in some of the environments, number i with seeds[i]."""
-    for i, env in envs.items():
-        table["obs"][i], _ = env.reset(seed=seeds[i])
+def set_tasks(table, tasks, starts):
+    """Write one task for all environments or one for each, (num_envs,), and start the processes on them."""
+    table["task"][:] = tasks
+    for start in starts:
+        start.release()
 
 
-def serve_envs(env_id, share, memory, columns, pipe, parents_pipe):
-    """The life of a process of `ParallelEnvs`: it resets (told by seeds) and steps (told by None) its share of the
-    environments until the pipe closes, and leaves all signals to its parent."""
+def acquire(semaphore, is_alive):
+    """Wait until another process releases the semaphore; False if it has died instead. To fall asleep and be woken
+    takes as long as the step of an environment, so for a millisecond this stays awake, and only gives way to a process
+    that needs the core."""
+    awake_until = time.perf_counter() + 1e-3
+    while time.perf_counter() < awake_until:
+        if semaphore.acquire(False):
+            return True
+        os.sched_yield()
+    while not semaphore.acquire(timeout=1):
+        if not is_alive():
+            return False
+    return True
+
+
+def serve_envs(env_id, share, memory, columns, start, done, parent):
+    """The life of a process of `ParallelEnvs`: it follows the table for its share of the environments whenever `start`
+    is released, until it is told to end or its parent has died, and leaves all signals to its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    parents_pipe.close()  # the copy in this process would keep the pipe open when the parent has died
     envs, rows = {i: make_env(env_id) for i in share}, np.frombuffer(memory, columns)
     table = {name: rows[name] for name in columns.names}
-    try:
-        while True:
-            seeds = pipe.recv()
-            step_envs(envs, table) if seeds is None else reset_envs(envs, table, seeds)
-            pipe.send(None)
-    except (EOFError, OSError):
-        pass
+    while acquire(start, lambda: os.getppid() == parent) and table["task"][share[0]] != END:
+        follow(envs, table)
+        done.release()
 
 
 class ParallelEnvs:
@@ -298,38 +313,35 @@ class ParallelEnvs:
         action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
         columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape)]
         columns += [("action", *action), ("reward", float)]
-        columns += [("terminated", bool), ("truncated", bool), ("active", bool)]
+        columns += [("terminated", bool), ("truncated", bool), ("task", np.uint8), ("seed", np.uint32)]
         columns = np.dtype(columns, align=True)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         memory = context.RawArray("b", num_envs * columns.itemsize)
         rows = np.frombuffer(memory, columns)  # one for each environment
         self.table = {name: rows[name] for name in columns.names}
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
-        self.pipes, self.processes = [], []
+        self.processes, self.starts, self.dones = [], [], []
         for share in shares[1:]:
-            pipe, childs_pipe = context.Pipe()
-            arguments = env_id, share, memory, columns, childs_pipe, pipe
+            start, done = context.Semaphore(0), context.Semaphore(0)
+            arguments = env_id, share, memory, columns, start, done, os.getpid()
             self.processes.append(context.Process(target=serve_envs, args=arguments))
             self.processes[-1].start()
-            childs_pipe.close()
-            self.pipes.append(pipe)
-        self.close_pipes = weakref.finalize(self, lambda pipes: [pipe.close() for pipe in pipes], self.pipes)
+            self.starts.append(start)
+            self.dones.append(done)
+        self.end_processes = weakref.finalize(self, set_tasks, self.table, END, self.starts)
 
-    def tell(self, seeds):
-        """Have every process step its environments, or reset them with these seeds, and wait until all have."""
-        try:
-            for pipe in self.pipes:
-                pipe.send(seeds)
-            step_envs(self.envs, self.table) if seeds is None else reset_envs(self.envs, self.table, seeds)
-            for pipe in self.pipes:
-                pipe.recv()
-        except (EOFError, OSError):
-            raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume") from None
+    def run(self, tasks):
+        """Have every process do these tasks with its environments, and wait until all have."""
+        set_tasks(self.table, tasks, self.starts)
+        follow(self.envs, self.table)
+        for process, done in zip(self.processes, self.dones, strict=True):
+            if not acquire(done, process.is_alive):
+                raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume")
 
     def reset(self, seeds):
         """Start new episodes, environment i with seeds[i]; the observations, (num_envs, obs_dim) float64."""
-        self.returns[:], self.lengths[:] = 0, 0
-        self.tell(seeds)
+        self.returns[:], self.lengths[:], self.table["seed"][:] = 0, 0, seeds
+        self.run(RESET)
         if not np.isfinite(self.table["obs"]).all():
             raise FloatingPointError("observation")
         return self.table["obs"].copy()
@@ -343,8 +355,8 @@ class ParallelEnvs:
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
         (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
         table = self.table
-        table["action"][:], table["active"][:] = np.clip(actions, self.action_space.low, self.action_space.high), active
-        self.tell(None)
+        table["action"][:] = np.clip(actions, self.action_space.low, self.action_space.high)
+        self.run(np.where(active, STEP, IDLE))
         if not (np.isfinite(table["last_obs"]).all() and np.isfinite(table["obs"]).all()):
             raise FloatingPointError("observation")
         if not np.isfinite(table["reward"]).all():
@@ -358,7 +370,7 @@ class ParallelEnvs:
         return *(table[name].copy() for name in names), finished
 
     def close(self):
-        self.close_pipes()  # tells the processes to end; the end of this program does it, too
+        self.end_processes()  # the end of this program does it, too
         for process in self.processes:
             process.join()
         for env in self.envs.values():

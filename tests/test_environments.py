@@ -5,6 +5,8 @@ import copy
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -131,8 +133,8 @@ def test_reset_in_the_same_step(script, scripted, processes):
     """Several episodes end in step 1, each in its way, and one of them again in step 2."""
     scripted.schedule |= {(0, 1): "terminated", (1, 1): "truncated", (2, 1): "both", (1, 2): "terminated"}
     envs = script.ParallelEnvs("Scripted-v0", 4, processes)
-    np.testing.assert_array_equal(envs.reset([7, 8, 9, 10]), [observation(i, 0, 0) for i in range(4)])
-    assert [env.seeds for env in scripted.made] == [[7], [8], [9], [10]][: 4 // processes]
+    np.testing.assert_array_equal(envs.reset([7, 8, 9, 2**32 - 1]), [observation(i, 0, 0) for i in range(4)])
+    assert [env.seeds for env in scripted.made] == [[7], [8], [9], [2**32 - 1]][: 4 // processes]
     actions = np.zeros((4, 2), np.float32)
     steps = [envs.step(actions) for _ in range(4)]  # kept: a step must not write into what an earlier one returned
     envs.close()
@@ -148,7 +150,7 @@ def test_reset_in_the_same_step(script, scripted, processes):
         assert np.flatnonzero(truncated).tolist() == [[], [1, 2], [], []][k]
         expected = [[], [(i, reward(i, 0) + reward(i, 1), 2) for i in range(3)], [(1, reward(1, 2), 1)], []][k]
         assert finished == [(i, pytest.approx(total), length) for i, total, length in expected]
-    seeds = [[7, None], [8, None, None], [9, None], [10]]
+    seeds = [[7, None], [8, None, None], [9, None], [2**32 - 1]]
     assert [env.seeds for env in scripted.made] == seeds[: 4 // processes]  # the others are in another process
 
 
@@ -219,6 +221,18 @@ def test_processes_end(script):
         for process in processes:
             process.join(20)
             assert process.exitcode == 0
+
+
+def test_processes_end_with_their_parent(script):
+    """Where it is killed right after a step, while they wait awake, or later, when they sleep."""
+    program = f"import os, signal, time\nfrom {script.__name__} import ParallelEnvs\n"
+    program += "envs = ParallelEnvs('InvertedPendulum-v4', 3, 3)\nenvs.reset([0, 1, 2])\n"
+    program += "print(len(envs.processes), flush=True)\ntime.sleep({})\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    for pause in (0, 0.2):
+        command = [sys.executable, "-c", program.format(pause)]
+        parent = subprocess.Popen(command, cwd=os.path.dirname(script.__file__), stdout=subprocess.PIPE, text=True)
+        out, _ = parent.communicate(timeout=60)  # until the last process that writes there has ended
+        assert out == "2\n" and parent.returncode == -signal.SIGKILL
 
 
 def test_processes_leave_signals_to_their_parent(script):
