@@ -274,9 +274,9 @@ def set_tasks(table, tasks, starts):
 
 def acquire(semaphore, is_alive):
     """Wait until another process releases the semaphore; False if it has died instead. To fall asleep and be woken
-    takes as long as the step of an environment, so for a millisecond this stays awake, and only gives way to a process
+    takes as long as the step of an environment, so for 3 milliseconds this stays awake, and only gives way to a process
     that needs the core."""
-    awake_until = time.perf_counter() + 1e-3
+    awake_until = time.perf_counter() + 3e-3
     while time.perf_counter() < awake_until:
         if semaphore.acquire(False):
             return True
