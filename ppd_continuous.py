@@ -224,14 +224,15 @@ def follow(envs, table):
     """Do with each of the environments, a dict of number and environment, the task in its row of the table: a step, and
     a reset in the very step that ends an episode; a reset with a seed; or nothing. The table, a dict of arrays with a
     row for each environment, is shared by all processes: actions and seeds come from it, what follows goes there."""
+    tasks = table["task"].tolist()
     for i, env in envs.items():
-        if table["task"][i] == STEP:
+        if tasks[i] == STEP:
             obs, table["reward"][i], terminated, truncated, _ = env.step(table["action"][i].copy())
             table["last_obs"][i], table["terminated"][i], table["truncated"][i] = obs, terminated, truncated
             if terminated or truncated:
                 obs, _ = env.reset()  # goes on with the environment's own random stream
             table["obs"][i] = obs
-        elif table["task"][i] == RESET:
+        elif tasks[i] == RESET:
             table["obs"][i], _ = env.reset(seed=int(table["seed"][i]))
 
 
@@ -262,8 +263,8 @@ def serve_envs(env_id, share, memory, columns, start, done, parent):
     is released, until it is told to end or its parent has died, and leaves all signals to its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    envs, rows = {i: make_env(env_id) for i in share}, np.frombuffer(memory, columns)
-    table = {name: rows[name] for name in columns.names}
+    envs = {i: make_env(env_id) for i in share}
+    table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
     while acquire(start, lambda: os.getppid() == parent) and table["task"][share[0]] != END:
         follow(envs, table)
         done.release()
@@ -281,14 +282,13 @@ class ParallelEnvs:
         self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
         (self.action_dim,) = self.action_space.shape
         action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
-        columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape)]
-        columns += [("action", *action), ("reward", float)]
-        columns += [("terminated", bool), ("truncated", bool), ("task", np.uint8), ("seed", np.uint32)]
-        columns = np.dtype(columns, align=True)
+        columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape), ("action", *action)]
+        columns += [("reward", float, ()), ("terminated", bool, ()), ("truncated", bool, ())]
+        columns += [("task", np.uint8, ()), ("seed", np.uint32, ())]
+        columns = np.dtype([(name, dtype, (num_envs, *shape)) for name, dtype, shape in columns], align=True)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        memory = context.RawArray("b", num_envs * columns.itemsize)
-        rows = np.frombuffer(memory, columns)  # one for each environment
-        self.table = {name: rows[name] for name in columns.names}
+        memory = context.RawArray("b", columns.itemsize)
+        self.table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.processes, self.starts, self.dones = [], [], []
         for share in shares[1:]:
@@ -325,7 +325,7 @@ class ParallelEnvs:
         can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
         (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
         table = self.table
-        table["action"][:] = np.clip(actions, self.action_space.low, self.action_space.high)
+        np.clip(actions, self.action_space.low, self.action_space.high, out=table["action"])
         self.run(np.where(active, STEP, IDLE))
         if not (np.isfinite(table["last_obs"]).all() and np.isfinite(table["obs"]).all()):
             raise FloatingPointError("observation")
