@@ -36,6 +36,7 @@ import warnings
 import weakref
 import zipfile
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Literal, get_args
 
 import ale_py
@@ -258,7 +259,7 @@ def make_env(env_id):
     return env
 
 
-def follow(envs, table):
+def do_tasks(envs, table):
     """Do with each of the environments, a dict of number and environment, the task in its row of the table: a step, and
     a reset in the very step that ends an episode; a reset with a seed; or nothing. The table, a dict of arrays with a
     row for each environment, is shared by all processes: actions and seeds come from it, what follows goes there."""
@@ -297,15 +298,22 @@ def acquire(semaphore, is_alive):
 
 
 def serve_envs(env_id, share, memory, columns, start, done, parent):
-    """The life of a process of `ParallelEnvs`: it follows the table for its share of the environments whenever `start`
-    is released, until it is told to end or its parent has died, and leaves all signals to its parent."""
+    """The life of a process of `ParallelEnvs`: it does the tasks of its share of the environments whenever `start` is
+    released, until it is told to end or its parent has died, and leaves all signals to its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     envs = {i: make_env(env_id) for i in share}
     table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
     while acquire(start, lambda: os.getppid() == parent) and table["task"][share[0]] != END:
-        follow(envs, table)
+        do_tasks(envs, table)
         done.release()
+
+
+def end_processes(table, starts, processes):
+    """Tell the processes to end and wait until they have: the memory of the table is free after that."""
+    set_tasks(table, END, starts)
+    for process in processes:
+        process.join()
 
 
 class ParallelEnvs:
@@ -329,21 +337,22 @@ class ParallelEnvs:
         self.table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.processes, self.starts, self.dones = [], [], []
+        self.end = weakref.finalize(self, end_processes, self.table, self.starts, self.processes)
         for share in shares[1:]:
             start, done = context.Semaphore(0), context.Semaphore(0)
             arguments = env_id, share, memory, columns, start, done, os.getpid()
-            self.processes.append(context.Process(target=serve_envs, args=arguments))
-            self.processes[-1].start()
+            process = context.Process(target=serve_envs, args=arguments)
+            process.start()
+            self.processes.append(process)
             self.starts.append(start)
             self.dones.append(done)
-        self.end_processes = weakref.finalize(self, set_tasks, self.table, END, self.starts)
 
     def run(self, tasks):
         """Have every process do these tasks with its environments, and wait until all have."""
         set_tasks(self.table, tasks, self.starts)
-        follow(self.envs, self.table)
+        do_tasks(self.envs, self.table)
         for process, done in zip(self.processes, self.dones, strict=True):
-            if not acquire(done, process.is_alive):
+            if not acquire(done, lambda sentinel=process.sentinel: not connection.wait([sentinel], 0)):
                 raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume")
 
     def reset(self, seeds):
@@ -378,9 +387,7 @@ class ParallelEnvs:
         return *(table[name].copy() for name in names), finished
 
     def close(self):
-        self.end_processes()  # the end of this program does it, too
-        for process in self.processes:
-            process.join()
+        self.end()  # as does the end of this program
         for env in self.envs.values():
             env.close()
 

@@ -511,7 +511,7 @@ def test_non_finite_stops_the_run(folder, monkeypatch, case, quantity):
     """In the fourth iteration; the training state of the third stays as it is."""
     case.make_teacher()
     arguments, kept = ["--total-timesteps", 6 * BATCH, "--checkpoint-interval", BATCH], []
-    policy_kl, step_envs, calls = case.module.policy_kl, case.module.step_envs, itertools.count(1)
+    policy_kl, do_tasks, calls = case.module.policy_kl, case.module.do_tasks, itertools.count(1)
 
     def keep():
         kept.extend(path.read_bytes() for path in pathlib.Path("runs").glob("*/checkpoint.pt"))
@@ -519,12 +519,12 @@ def test_non_finite_stops_the_run(folder, monkeypatch, case, quantity):
     def faulty_kl(*policies):
         return policy_kl(*policies) * (np.nan if next(calls) == 4 else 1)
 
-    def faulty_step(envs, table):
-        step_envs(envs, table)
-        table["obs"][1] *= np.nan if next(calls) == 3 * 3 + 2 else 1
+    def faulty_tasks(envs, table):
+        do_tasks(envs, table)
+        table["obs"][1] *= np.nan if next(calls) == 1 + 3 * 3 + 2 else 1  # after the reset
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        names = ("step_envs", faulty_step) if quantity == "observation" else ("policy_kl", faulty_kl)
+        names = ("do_tasks", faulty_tasks) if quantity == "observation" else ("policy_kl", faulty_kl)
         patch.setattr(case.module, *names)
         strike(patch, case.envs, "step", 3 * 3 + 1, keep)
         case.run(*arguments)
