@@ -344,6 +344,7 @@ class ParallelEnvs:
         set_tasks(self.table, tasks, self.starts)
         do_tasks(self.envs, self.table)
         for process, done in zip(self.processes, self.dones, strict=True):
+            # process.is_alive() would not see the death where SIGCHLD is ignored
             if not acquire(done, lambda sentinel=process.sentinel: not connection.wait([sentinel], 0)):
                 raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume")
 
