@@ -274,8 +274,8 @@ def set_tasks(table, tasks, starts):
 
 def acquire(semaphore, is_alive):
     """Wait until another process releases the semaphore; False if it has died instead. To fall asleep and be woken
-    takes as long as the step of an environment, so for 3 milliseconds this stays awake, and only gives way to a process
-    that needs the core."""
+    takes about as long as Hopper's step, so for 3 milliseconds this stays awake, and only gives way to a process that
+    needs the core."""
     awake_until = time.perf_counter() + 3e-3
     while time.perf_counter() < awake_until:
         if semaphore.acquire(False):
