@@ -1,1095 +1,610 @@
-"""Proximal Policy Distillation (PPD, arXiv 2407.15134) for continuous control: distill a teacher into a smaller, same
-or larger student, which acts, collects rewards, and can come to beat its teacher.
+"""Proximal Policy Distillation (PPD, https://arxiv.org/abs/2407.15134) for continuous control: distill a teacher into a
+smaller, same-sized or larger student.
 
-    python ppd_continuous.py --env-id Hopper-v4 --teacher teachers/Hopper-v4.pt
-    python ppd_continuous.py --env-id Hopper-v4 --teacher runs/teacher.pt --student-size larger --seed 200
+    python ppd_continuous.py --teacher teachers/Hopper-v4.pt --student-size larger --total-timesteps 300000
+    python ppd_continuous.py --env-id Hopper-v4 --teacher runs/teacher.pt --seed 200
 
-The student learns by PPO on its own rollouts, with a term that draws it to the teacher on the states it visits:
+The student learns by PPO from its own rollouts and rewards, and is drawn to the teacher in the states that it visits:
 
-    maximize  E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
+    maximize E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
 
-Its critic is learned from scratch. The teacher's observation statistics are frozen into the student, so that both see
-the same inputs; the teacher runs once per rollout, without gradients. Ctrl-C saves the training state, `--resume
-runs/...` goes on from there, `--total-timesteps 0` only evaluates. Settings are the paper's, also where the example of
-its library, sb3_distill, has others (λ, networks, rollout, γ, entropy); where the paper is silent, the library's.
+Lines that are not plain PPO are marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from
+CleanRL's: episodes cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning
+rate is constant, and log-probabilities and values are computed after the rollout. The teacher's frozen statistics scale
+observations and rewards; for rewards, that is our reading of the paper.
 """
 
 import contextlib
-import copy
 import dataclasses
-import difflib
-import functools
-import hashlib
 import importlib.metadata
-import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import pickletools
-import platform
+import random
 import signal
 import sys
 import time
 import warnings
-import weakref
-import zipfile
-from dataclasses import dataclass
-from multiprocessing import connection
-from typing import Literal, get_args
+from collections import defaultdict, deque
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+SCRIPT = os.path.basename(__file__)
+NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
+PIPES = []  # this process's ends of the pipes to all workers
+Distribution.set_default_validate_args(False)  # saves time
+warnings.filterwarnings("ignore", ".*out of date")  # gymnasium says so of the paper's environments, -v4
 
-@dataclass
+
+@dataclasses.dataclass
 class Args:
-    # experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, a part of the run folder's name"""
+    exp_name: str = SCRIPT.removesuffix(".py")
+    """name of the experiment"""
     seed: int = 100
-    """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
+    """seed of all that is random (the paper: 100, 200, 300, 400, 500)"""
     torch_deterministic: bool = True
-    """deterministic algorithms, also on the GPU where torch has them (it warns where not)"""
+    """make cuDNN deterministic"""
+    cuda: bool = True
+    """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases (pip install wandb)"""
+    """also log to Weights and Biases"""
     wandb_project_name: str = "ppd"
-    """the project's name in Weights and Biases"""
-    save_path: str | None = None
-    """where the student goes (default: student.pt in the run folder); an existing file is refused"""
-    overwrite: bool = False
-    """replace an existing file at --save-path"""
-    resume: str | None = None
-    """a run folder or its checkpoint.pt to go on from, with its arguments; only total_timesteps, eval_*, cuda, compile,
-    env_threads, checkpoint_interval, track and overwrite may be given anew"""
+    """project in Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) in Weights and Biases"""
 
-    # environment
+    # Distillation
+    teacher: str | None = None
+    """policy file of the teacher, as train_teacher.py writes it"""
+    student_size: Literal["smaller", "same", "larger"] = "same"
+    """smaller: 128 and 64 hidden units, larger: 512 and 512, both with ReLU; same: the teacher's network"""
+    distill_lambda: float = 1.0
+    """weight λ of the distillation loss; 0 is plain PPO"""
+    distill_lambda_end: float | None = None
+    """anneal λ linearly to this value (default: λ is constant)"""
+    kl: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher ‖ student), as in the paper; reverse: KL(student ‖ teacher)"""
+    teacher_noise: float = 0.0
+    """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
+
+    # PPO
     env_id: str | None = None
     """id of the environment (default: the teacher's)"""
-    num_envs: int = 18
-    """parallel environments"""
-
-    # distillation
-    teacher: str | None = None
-    """the teacher's policy file; needed, but not with --resume"""
-    student_size: Literal["smaller", "same", "larger"] = "same"
-    """the paper's network of that size; `same` is the teacher's own"""
-    distill_lambda: float = 1.0
-    """weight λ of the KL to the teacher; 0 is plain PPO, the paper's baseline"""
-    distill_lambda_end: float | None = None
-    """anneal λ linearly to this value over total_timesteps (default: constant)"""
-    kl: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher ‖ student), the paper's; reverse: KL(student ‖ teacher)"""
-    teacher_noise: float = 0.0
-    """standard deviation of noise added to every parameter of the teacher (the paper's imperfect teachers: 0.05)"""
-
-    # algorithm (paper, Table 3; what the paper varies by environment stands in PAPER_SETTINGS)
     total_timesteps: int = 2_000_000
-    """environment steps, rounded up to whole rollouts; 0 trains nothing and evaluates the teacher or what --resume
-    names"""
+    """environment steps, rounded up to whole rollouts"""
     learning_rate: float = 3e-4
-    """Adam's learning rate, constant"""
+    """learning rate of Adam"""
+    num_envs: int = 18
+    """number of parallel environments"""
     num_steps: int = 64
-    """steps per environment and rollout"""
+    """steps of each environment in a rollout"""
     gamma: float | None = None
-    """discount factor (default: the paper's, 0.995 for Hopper and Swimmer, else 0.999)"""
+    """discount factor (default: the paper's, 0.995 for Hopper and Swimmer, 0.999 for others)"""
     gae_lambda: float = 0.9
     """lambda of generalized advantage estimation"""
     minibatch_size: int = 512
-    """samples per gradient step; the last minibatch of an epoch may be smaller"""
+    """samples in a minibatch; the last of an epoch can be smaller"""
     update_epochs: int = 4
     """passes over each rollout"""
     norm_adv: bool = True
     """normalize advantages in each minibatch"""
     clip_coef: float = 0.2
-    """epsilon, the clip range of the importance ratio"""
+    """clip range ε of the importance ratio"""
     ent_coef: float = 0.0
-    """weight of the entropy bonus"""
+    """coefficient of the entropy bonus"""
     vf_coef: float = 0.5
-    """weight of the critic's loss"""
+    """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient, of actor and critic together"""
-
-    # evaluation
-    eval_episodes: int = 50
-    """full episodes with deterministic actions at the end; 0 skips the evaluation"""
-    eval_interval: int = 0
-    """also evaluate every so many environment steps; 0 never does"""
-
-    # runtime
-    cuda: bool = True
-    """use the GPU where there is one"""
+    """largest norm of the gradient of actor and critic together"""
     compile: bool = False
-    """torch.compile the student's networks"""
-    env_threads: int = 0
-    """processes that step the environments, 0 for one per core; changes no result"""
-    checkpoint_interval: int = 500_000
-    """environment steps between saves of the training state"""
+    """compile the student's networks"""
 
-
-SCRIPT = os.path.basename(__file__)
-SUITE = "continuous"  # the suite of a policy file
-KINDS = {"continuous": ["mlp relu", "mlp tanh"]}  # kinds of network in a policy file of each suite of this script
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco")  # whose versions results depend on
-PAPER_SETTINGS = {  # Table 3: what the paper varies by environment
-    "Hopper": dict(gamma=0.995),
-    "Swimmer": dict(gamma=0.995),
-    "other": dict(gamma=0.999),
-}
-HIDDEN = {"smaller": [128, 64], "larger": [512, 512]}  # Table 4: units of actor and critic
-RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
-RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
-
-
-def fail(message):
-    """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
-    print(f"{SCRIPT}: error: {' '.join(message.split())[:1500]}", file=sys.stderr)  # a file may hold line breaks
-    raise SystemExit(2)
-
-
-def parse_args(argv=None):
-    """The command line (default: this process's) as `Args`; with --resume, on top of the arguments saved there."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume is None:
-        return args
-    saved = Args(**read_training_state(args.resume)[1]["args"])
-    saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
-    if ":" in saved.env_id and args.env_id != saved.env_id:  # gymnasium imports what stands before the colon
-        fail(f"{args.resume}: field args.env_id names a module to import; allow that with --env-id {saved.env_id}")
-    args = tyro.cli(Args, args=argv, default=saved)
-    for name, value in vars(saved).items():
-        if name not in RUNTIME_FLAGS and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed with --resume: the run was started with {value}")
-    return args
-
-
-def check_numbers(args):
-    """Refuse arguments that no run can have, before anything is created."""
-    limits = [
-        ("num_envs num_steps minibatch_size update_epochs checkpoint_interval", lambda x: x >= 1, "at least 1"),
-        ("seed total_timesteps eval_episodes eval_interval env_threads", lambda x: x >= 0, "0 or more"),
-        ("num_levels start_level", lambda x: 0 <= x < 2**30, "0 or more, and less than 2**30"),
-        ("learning_rate max_grad_norm clip_coef", lambda x: 0 < x < math.inf, "a positive number"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        ("ent_coef vf_coef teacher_noise", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
-        ("distill_lambda distill_lambda_end", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
-    ]
-    for names, is_valid, wanted in limits:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not is_valid(value):
-                fail(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    if getattr(args, "minibatch_size", 1) > args.num_envs * args.num_steps:
-        batch = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps}"
-        fail(f"--minibatch-size {args.minibatch_size} is larger than the rollout, {batch}")
-    if args.eval_interval and not args.eval_episodes:
-        fail(f"--eval-interval {args.eval_interval} needs --eval-episodes of at least 1")
-
-
-def derive_seeds(seed, stream, count, step=0):
-    """`count` independent 32-bit seeds for a stream of randomness ("training", "environments", …) of a run, and for
-    the step at which it was resumed, as a list of ints."""
-    entropy = [seed, int.from_bytes(stream.encode(), "big"), step]
-    return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
-
-
-# --- ENVIRONMENT ---
-
-IDLE, STEP, RESET, END = range(4)  # what a process is told to do with an environment
+    # Evaluation and saving
+    eval_episodes: int = 50
+    """episodes with deterministic actions at the end of the run"""
+    eval_interval: int = 0
+    """also evaluate the student every so many steps; 0: only at the end"""
+    save_path: str | None = None
+    """path of the student's policy file (default: student.pt in the run folder)"""
+    save_interval: float = 60.0
+    """seconds between saves of the training state"""
+    resume: str | None = None
+    """run folder to continue, with its arguments; those given on the command line replace them"""
 
 
 def make_env(env_id):
-    """One gymnasium environment with a flat Box observation and a flat Box action; any other id ends the program."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium calls every MuJoCo -v4 outdated: they are the paper's ids
-            env = gym.make(env_id, disable_env_checker=True)  # the checker costs time at every step
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        near = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=3, cutoff=0.5)
-        hint = f"; nearest known ids: {', '.join(near)}" if near else ""
-        reason = "unknown id" if isinstance(error, gym.error.UnregisteredEnv) else " ".join(str(error).split())
-        fail(f"--env-id {env_id}: {reason}{hint}")
-    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {env_id}: {error}")
+    for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {env_id}: its {name} space is {space}; this script needs a flat Box")
+            sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
     return env
 
 
-def do_tasks(envs, table):
-    """Do with each of the environments, a dict of number and environment, the task in its row of the table: a step, and
-    a reset in the very step that ends an episode; a reset with a seed; or nothing. The table, a dict of arrays with a
-    row for each environment, is shared by all processes: actions and seeds come from it, what follows goes there."""
-    tasks = table["task"].tolist()
-    for i, env in envs.items():
-        if tasks[i] == STEP:
-            obs, table["reward"][i], terminated, truncated, _ = env.step(table["action"][i].copy())
-            table["last_obs"][i], table["terminated"][i], table["truncated"][i] = obs, terminated, truncated
+class ContinuousEnvs:
+    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
+    the first share, a worker process each of the others. The number of workers changes no result."""
+
+    def __init__(self, env_id, num_envs, num_shares=None):
+        self.num_envs, self.pipes, self.workers = num_envs, [], []
+        first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
+        self.envs = [make_env(env_id) for _ in first_share]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        self.action_dim = self.action_space.shape[0]
+        self.slices = [slice(share[0], share[-1] + 1) for share in shares]
+        for share in shares:
+            pipe, worker_pipe = multiprocessing.Pipe()
+            self.pipes.append(pipe)
+            PIPES.append(pipe)
+            worker = multiprocessing.Process(target=work, args=(worker_pipe, PIPES, env_id, len(share)), daemon=True)
+            worker.start()
+            worker_pipe.close()
+            self.workers.append(worker)
+        self.receive_all()
+
+    def receive_all(self):
+        try:
+            return [receive(pipe) for pipe in self.pipes]
+        except EOFError:
+            sys.exit("error: a worker process of the environments has ended; its error is above")
+
+    def call(self, method, argument):
+        """Call a method for every share with the share's part of the argument, and join the arrays that come back."""
+        for pipe, part in zip(self.pipes, self.slices, strict=True):
+            pipe.send((method, argument[part]))
+        results = [getattr(self, method)(argument[: len(self.envs)]), *self.receive_all()]
+        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+    def reset_share(self, seeds):
+        random.seed(int(seeds[0]))  # for environments that draw from the global generators
+        np.random.seed(seeds[0])
+        return [np.array([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])]
+
+    def step_share(self, actions):
+        steps = []
+        for env, action in zip(self.envs, actions, strict=True):
+            obs, reward, terminated, truncated, _ = env.step(action)
+            final_obs = obs
             if terminated or truncated:
-                obs, _ = env.reset()  # goes on with the environment's own random stream
-            table["obs"][i] = obs
-        elif tasks[i] == RESET:
-            table["obs"][i], _ = env.reset(seed=int(table["seed"][i]))
+                final_obs = np.array(obs)  # a copy: reset may write into obs
+                obs, _ = env.reset()
+            steps.append((obs, float(reward), terminated, truncated, final_obs))
+        return [np.array(column) for column in zip(*steps, strict=True)]
 
+    def reset(self, seed):
+        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        return self.call("reset_share", np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
 
-def set_tasks(table, tasks, starts):
-    """Write one task for all environments or one for each, (num_envs,), and start the processes on them."""
-    table["task"][:] = tasks
-    for start in starts:
-        start.release()
-
-
-def acquire(semaphore, is_alive):
-    """Wait until another process releases the semaphore; False if it has died instead. To fall asleep and be woken
-    takes about as long as Hopper's step, so for 3 milliseconds this stays awake, and only gives way to a process that
-    needs the core."""
-    awake_until = time.perf_counter() + 3e-3
-    while time.perf_counter() < awake_until:
-        if semaphore.acquire(False):
-            return True
-        os.sched_yield()
-    while not semaphore.acquire(timeout=1):
-        if not is_alive():
-            return False
-    return True
-
-
-def serve_envs(env_id, share, memory, columns, start, done, parent):
-    """The life of a process of `ParallelEnvs`: it does the tasks of its share of the environments whenever `start` is
-    released, until it is told to end or its parent has died, and leaves all signals to its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    envs = {i: make_env(env_id) for i in share}
-    table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
-    while acquire(start, lambda: os.getppid() == parent) and table["task"][share[0]] != END:
-        do_tasks(envs, table)
-        done.release()
-
-
-def end_processes(table, starts, processes):
-    """Tell the processes to end and wait until they have: the memory of the table is free after that."""
-    set_tasks(table, END, starts)
-    for process in processes:
-        process.join()
-
-
-class ParallelEnvs:
-    """`num_envs` gymnasium environments, stepped by `processes` processes (0: one per core), of which this one is the
-    first; threads would wait for Python's lock half of their time. Each environment has its own state, so the number of
-    processes changes no result."""
-
-    def __init__(self, env_id, num_envs, processes=0):
-        processes = min(processes or os.cpu_count(), num_envs)
-        shares = [share.tolist() for share in np.array_split(range(num_envs), processes)]
-        self.envs = {i: make_env(env_id) for i in shares[0]}
-        self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
-        (self.action_dim,) = self.action_space.shape
-        action = np.result_type(np.float32, self.action_space.dtype), self.action_space.shape
-        columns = [("obs", float, self.obs_shape), ("last_obs", float, self.obs_shape), ("action", *action)]
-        columns += [("reward", float, ()), ("terminated", bool, ()), ("truncated", bool, ())]
-        columns += [("task", np.uint8, ()), ("seed", np.uint32, ())]
-        columns = np.dtype([(name, dtype, (num_envs, *shape)) for name, dtype, shape in columns], align=True)
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        memory = context.RawArray("b", columns.itemsize)
-        self.table = {name: np.frombuffer(memory, columns)[name][0] for name in columns.names}
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
-        self.processes, self.starts, self.dones = [], [], []
-        self.end = weakref.finalize(self, end_processes, self.table, self.starts, self.processes)
-        for share in shares[1:]:
-            start, done = context.Semaphore(0), context.Semaphore(0)
-            arguments = env_id, share, memory, columns, start, done, os.getpid()
-            process = context.Process(target=serve_envs, args=arguments)
-            process.start()
-            self.processes.append(process)
-            self.starts.append(start)
-            self.dones.append(done)
-
-    def run(self, tasks):
-        """Have every process do these tasks with its environments, and wait until all have."""
-        set_tasks(self.table, tasks, self.starts)
-        do_tasks(self.envs, self.table)
-        for process, done in zip(self.processes, self.dones, strict=True):
-            # process.is_alive() would not see the death where SIGCHLD is ignored
-            if not acquire(done, lambda sentinel=process.sentinel: not connection.wait([sentinel], 0)):
-                raise SystemExit(f"{SCRIPT}: error: a process that steps environments has died; try --resume")
-
-    def reset(self, seeds):
-        """Start new episodes, environment i with seeds[i]; the observations, (num_envs, obs_dim) float64."""
-        self.returns[:], self.lengths[:], self.table["seed"][:] = 0, 0, seeds
-        self.run(RESET)
-        if not np.isfinite(self.table["obs"]).all():
-            raise FloatingPointError("observation")
-        return self.table["obs"].copy()
-
-    def step(self, actions, active=True):
-        """Act in every environment, or in those where the bool array `active` is set.
-
-        actions: (num_envs, action_dim) float32, clipped here to the action bounds: MuJoCo's dynamics would clip them
-        too, but its control cost would not. Returns obs (num_envs, obs_dim) float64, the next observations, those of a
-        new episode where one has ended; rewards (num_envs,) float64; terminated and truncated (num_envs,) bool, which
-        can both be set; last_obs (num_envs, obs_dim) float64, the observations before any reset; finished, a list of
-        (environment, return, length) of the episodes that ended. FloatingPointError where a number is not finite."""
-        table = self.table
-        np.clip(actions, self.action_space.low, self.action_space.high, out=table["action"])
-        self.run(np.where(active, STEP, IDLE))
-        if not (np.isfinite(table["last_obs"]).all() and np.isfinite(table["obs"]).all()):
-            raise FloatingPointError("observation")
-        if not np.isfinite(table["reward"]).all():
-            raise FloatingPointError("reward")
-        self.returns += table["reward"] * active
-        self.lengths += active
-        ended = np.flatnonzero((table["terminated"] | table["truncated"]) & active)
-        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in ended]
+    def step(self, actions):
+        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
+        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
+        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
+        actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        obs, rewards, terminated, truncated, self.final_obs = self.call("step_share", actions)
+        self.returns += rewards
+        self.lengths += 1
+        ended = np.flatnonzero(terminated | truncated)
+        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
         self.returns[ended], self.lengths[ended] = 0, 0
-        names = "obs", "reward", "terminated", "truncated", "last_obs"
-        return *(table[name].copy() for name in names), finished
+        return obs, rewards, terminated, truncated, finished
 
     def close(self):
-        self.end()  # as does the end of this program
-        for env in self.envs.values():
+        for pipe, worker in zip(self.pipes, self.workers, strict=True):
+            pipe.close()
+            PIPES.remove(pipe)
+            worker.join()
+        for env in self.envs:
             env.close()
 
 
-# --- NETWORKS ---
+def receive(pipe):
+    """Wait for a message. Waking up takes as long as a step of Hopper, so do not fall asleep for the first 3 ms."""
+    awake_until = time.perf_counter() + 0.003
+    while not pipe.poll() and time.perf_counter() < awake_until:
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()
+    return pipe.recv()
 
 
-def mlp(sizes, activation, output_gain, generator=None):
-    """A multilayer perceptron with the layer widths `sizes`, its activation "relu" or "tanh". With a generator, weights
-    start orthogonal, with gain √2 in the body and output_gain in the last layer, and biases at 0."""
-    layers = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(inputs, outputs), {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
-    layers.pop()  # no activation after the last layer
-    for layer in layers[::2] if generator else []:
-        nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else math.sqrt(2), generator)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+def work(pipe, inherited_pipes, env_id, num_envs):
+    """A worker process: call the methods that the messages name, until the parent closes the pipe or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that a fork does not have
+    for inherited_pipe in inherited_pipes:
+        inherited_pipe.close()  # else the workers of a killed parent keep each other alive
+    with contextlib.closing(ContinuousEnvs(env_id, num_envs, num_shares=1)) as envs:
+        result = "ready"
+        while True:
+            try:
+                pipe.send(result)
+                method, argument = receive(pipe)
+            except (EOFError, ConnectionError):
+                break
+            result = getattr(envs, method)(argument)
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of batches, by the parallel update of Chan et al. (1979), as float64 buffers."""
+    """Mean and variance of a stream of batches, in float64 (Chan et al., 1979)."""
 
     def __init__(self, shape=()):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))  # stable-baselines3's start
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, batch):
         """Take in a batch, (n, *shape) float64."""
         var, mean = torch.var_mean(batch, dim=0, correction=0)
-        delta, weight = mean - self.mean, len(batch) / (self.count + len(batch))
-        self.mean += weight * delta
-        self.var.lerp_(var + (1 - weight) * delta**2, weight)
+        weight = len(batch) / (self.count + len(batch))
+        self.var += weight * (var - self.var + (1 - weight) * (mean - self.mean) ** 2)
+        self.mean += weight * (mean - self.mean)
         self.count += len(batch)
 
 
-class MlpActor(nn.Module):
-    """Gaussian policy: a multilayer perceptron for the mean, and a log standard deviation that is the same in every
-    state. It carries the statistics that its observations are normalized with."""
+def layer_init(layer, std=2**0.5):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, network, generator=None):
+
+def mlp(network, hidden, num_outputs, output_std):
+    """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
+    activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
+    layers = []
+    for num_inputs, num_units in zip([*network["obs_shape"], *hidden], hidden, strict=False):
+        layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(num_units, num_outputs), output_std))
+
+
+class MlpActor(nn.Module):
+    """Gaussian policy, whose log standard deviation is the same in all states, with its observation statistics."""
+
+    def __init__(self, network):
         super().__init__()
-        sizes = [*network["obs_shape"], *network["actor_hidden"], network["action_dim"]]
-        self.mean = mlp(sizes, network["activation"], 0.01, generator)
+        self.mean = mlp(network, network["actor_hidden"], network["action_dim"], 0.01)
         self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))
         self.obs_rms = RunningMeanStd(network["obs_shape"])
         self.register_buffer("obs_clip", torch.tensor(10.0, dtype=torch.float64))
         self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations as the networks see them, by the statistics as they stand: (…, obs_dim) float64 to float32.
-        Called where observations are collected and not in `forward`: else statistics that move on between collection
-        and update would change the importance ratio."""
+        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
+        in forward, so that statistics that move in a teacher's training cannot change the importance ratio."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
     def forward(self, obs):
-        """Mean (n, action_dim) and log standard deviation (action_dim,) of the actions in normalized observations."""
-        return self.mean(obs), self.logstd
+        """Means (n, action_dim) of the policy for normalized observations (n, obs_dim)."""
+        return self.mean(obs)
 
-    def mode(self, obs):
-        """The most probable actions, (n, action_dim), in observations as the environments give them."""
-        return self.mean(self.normalize(obs))
+    def policy(self, means):
+        return Independent(Normal(means, self.logstd.exp()), 1)
 
 
 class MlpCritic(nn.Module):
-    """State value: a multilayer perceptron of its own."""
-
-    def __init__(self, network, generator=None):
+    def __init__(self, network):
         super().__init__()
-        self.value = mlp([*network["obs_shape"], *network["critic_hidden"], 1], network["activation"], 1.0, generator)
+        self.value = mlp(network, network["critic_hidden"], 1, 1.0)
 
     def forward(self, obs):
         """Values (n,) of normalized observations (n, obs_dim)."""
         return self.value(obs).squeeze(-1)
 
 
-def make_networks(network, generator=None):
-    """Actor and critic as the `network` of a policy file describes them; with a generator, newly initialized."""
-    return MlpActor(network, generator), MlpCritic(network, generator)
+def save(path, content):
+    """Write a file that is whole or not there, whenever the program stops."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
-# --- CHECKPOINT ---
-
-FORMAT = 1  # of policy files and training states
-PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}  # all that a file may call, or name
-PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "Byte")}
-
-
-def save_atomically(path, write):
-    """Let `write(file)` fill a new file and put that at `path`: at any moment, even in a crash, `path` is the whole old
-    file or the whole new one."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def read_file(path):
-    """The dict of tensors and plain values in a file of ours. Nothing in it is executed, and whatever is wrong with it
-    (missing, damaged, foreign, inflated, not finite) ends the program with one line that names file and field."""
-    if not os.path.isfile(path):
-        fail(f"{path}: no such file")
+def load(flag, path, wanted, **fields):
+    """Read a file of this project, a dict of tensors and plain values with these fields. Nothing in it is executed."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        archive, copied = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
-        entries = archive.infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)  # torch inflates without bound
-        if not stored or sum(entry.file_size for entry in entries) > len(data):
-            raise ValueError
-        with zipfile.ZipFile(copied, "w") as clean:  # what torch gets is what was checked here
-            for entry in entries:
-                clean.writestr(entry.filename, archive.read(entry))  # finds a flipped byte: torch itself does not
-        (pickled,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        opcodes = pickletools.genops(archive.read(pickled))
-        named = {str(argument) for code, argument, _ in opcodes if code.name in ("GLOBAL", "STACK_GLOBAL", "INST")}
-        if named - PICKLED:
-            fail(f"{path}: not a file of this project: it names {', '.join(sorted(named - PICKLED))}")
-        copied.seek(0)
-        content = torch.load(copied, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{path}: cannot be read: {error.strerror}")
-    except Exception:  # a hostile file can bring about any of them
-        fail(f"{path}: damaged, or not a file of this project")
-    if type(content) is not dict or type(content.get("format")) is not int or content["format"] != FORMAT:
-        fail(f"{path}: not a file of this project, or of another version: field format has to be {FORMAT}")
-    pending, seen, claimed = [((), content)], set(), 0
-    while pending:  # look at every value once; a loop, for nesting can be deep
-        names, value = pending.pop()
-        field = ".".join(map(str, names))
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if len(names) > 20:
-            fail(f"{path}: field {field}: nested too deeply")
-        if type(value) is dict:
-            if not all(type(key) is int or type(key) is str and len(key) < 200 for key in value):
-                fail(f"{path}: field {field}: a key is no short text or whole number")
-            pending += [((*names, key), item) for key, item in value.items()]
-        elif type(value) in (list, tuple):
-            pending += [((*names, i), item) for i, item in enumerate(value)]
-        elif type(value) is torch.Tensor:
-            claimed += value.numel() * value.element_size()
-            if claimed > len(data) or not value.is_contiguous():
-                fail(f"{path}: field {field}: claims more numbers than the file holds")
-            if value.requires_grad:
-                fail(f"{path}: field {field}: has to be saved without its gradient")
-            if not torch.isfinite(value).all():
-                fail(f"{path}: field {field}: holds numbers that are not finite")
-        elif type(value) not in (str, int, float, bool, type(None)):
-            fail(f"{path}: field {field}: unexpected {type(value).__name__}")
-        elif type(value) is float and not math.isfinite(value):
-            fail(f"{path}: field {field}: {value} is not finite")
-    return content
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if fields.items() <= content.items():
+            return content
+    except Exception:  # torch has many kinds of errors for a foreign file
+        pass
+    sys.exit(f"{flag} {path}: missing, damaged, or not {wanted}")
 
 
-def check_fields(content, path, **types):
-    """Refuse a dict in which one of the named fields is missing or of another type."""
-    for field, kind in types.items():
-        if type(content.get(field)) is not kind:
-            fail(f"{path}: field {field} is missing, or not of type {kind.__name__}")
+@torch.no_grad()
+def evaluate(actor, envs, args, device, deterministic=True):
+    """Play args.eval_episodes episodes, close the environments, and return {"mean", "std", "returns"} of the scores.
+
+    Each environment plays a fixed number of episodes: the first ones to end would be the short ones. torch's random
+    state stays as it is."""
+    quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
+    returns, num_steps = [[] for _ in quotas], 0
+    bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
+    with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
+        while sum(map(len, returns)) < args.eval_episodes:
+            obs = actor.normalize(torch.as_tensor(obs, device=device))
+            policy = actor.policy(actor(obs))
+            actions = policy.mode if deterministic else policy.sample()
+            obs, _, _, _, finished = envs.step(actions.cpu().numpy())
+            for i, (episode_return, _) in finished.items():
+                if len(returns[i]) < quotas[i]:
+                    returns[i].append(episode_return)
+                    bar.update()
+            num_steps += envs.num_envs
+            bar.set_postfix_str(f"{num_steps} steps", refresh=num_steps % 10_000 < envs.num_envs)
+    returns = sum(returns, [])
+    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def check_tensors(tensors, expected, path, field):
-    """Refuse tensors whose names, shapes and types are not exactly the expected ones."""
-    if type(tensors) is not dict:
-        fail(f"{path}: field {field} is missing, or not of type dict")
-    for name in sorted(expected.keys() ^ tensors.keys(), key=str):
-        fail(f"{path}: field {field}.{name} is {'missing' if name in expected else 'unexpected'}")
-    for name, tensor in expected.items():
-        found = tensors[name]
-        if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {list(tensor.shape)}")
-        if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon", "exp_avg_sq") and (found < 0).any():
-            fail(f"{path}: field {field}.{name}: negative")
+def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16).
 
-
-def fill_module(module, tensors, path, field):
-    """Give a module that was built on the meta device the tensors of a file, which have to be exactly the module's. So
-    no memory is taken that the file does not fill."""
-    check_tensors(tensors, module.state_dict(), path, field)
-    module.load_state_dict(tensors, assign=True)
-    return module
-
-
-def check_policy(policy, path):
-    """Refuse what is no policy dict of a suite of this script."""
-    if "policy" in policy:
-        fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
-    check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
-    if policy["suite"] not in KINDS:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {', '.join(KINDS)}")
-
-
-def load_policy(policy, path, suite, obs_shape, action_dim):
-    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
-    `path`. It is refused unless it fits the environment's suite, observations and actions."""
-    check_policy(policy, path)
-    if policy["suite"] != suite:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, but the environment is one of {suite}")
-    network = policy["network"]
-    check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
-    check_fields(network, path, action_dim=int)
-    hidden = network["actor_hidden"] + network["critic_hidden"]
-    kind = f"{network['kind']} {network['activation']}"
-    if kind not in KINDS[suite]:
-        fail(f"{path}: field network: kind and activation are {kind!r}, known are {', '.join(KINDS[suite])}")
-    if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
-        fail(f"{path}: field network: hidden widths have to be positive integers")
-    if not all(type(n) is int for n in network["obs_shape"]) or network["obs_shape"] != list(obs_shape):
-        fail(f"{path}: field network.obs_shape: {network['obs_shape']}, but the environment's is {list(obs_shape)}")
-    if network["action_dim"] != action_dim:
-        fail(f"{path}: field network.action_dim: {network['action_dim']}, but the environment's is {action_dim}")
-    try:
-        with torch.device("meta"):
-            (actor, critic), return_rms = make_networks(network), RunningMeanStd()
-    except ValueError:
-        fail(f"{path}: field network: no {kind} network has the hidden widths {hidden}")
-    fill_module(actor, policy["actor"], path, "actor")
-    fill_module(critic, policy["critic"], path, "critic")
-    if policy.get("return_rms") is None:
-        return actor, critic, None
-    check_fields(policy, path, return_rms=dict)
-    return actor, critic, fill_module(return_rms, policy["return_rms"], path, "return_rms")
-
-
-def read_training_state(path):
-    """The path of a checkpoint, which may be named by its run folder, and the training state in it."""
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    state = read_file(path)
-    if "policy" not in state:
-        fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
-    check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
-    if state["script"] != SCRIPT:
-        fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
-    for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
-        fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
-    for field in dataclasses.fields(Args):  # an int; or a union, `int | None`; or a Literal, whose values are texts
-        value, allowed = state["args"][field.name], get_args(field.type) or (field.type,)
-        if type(value) not in allowed and not (type(value) is str and value in allowed):
-            fail(f"{path}: field args.{field.name}: a {type(value).__name__} that the flag could not be")
-    check_fields(state["args"], path, env_id=str)
-    progress, point = state["progress"], [int, float, float]  # of the curve: step, mean, standard deviation
-    check_fields(progress, path, global_step=int, train_seconds=float, wall_seconds=float)
-    check_fields(progress, path, last_returns=list, eval_curve=list)
-    valid = dict(global_step=progress["global_step"] >= 0)
-    valid |= dict(last_returns=all(type(value) is float for value in progress["last_returns"]))
-    valid |= dict(eval_curve=all(type(p) is list and [*map(type, p)] == point for p in progress["eval_curve"]))
-    for field in (field for field, is_valid in valid.items() if not is_valid):
-        fail(f"{path}: field progress.{field}: nothing that a run could have written")
-    return path, state
-
-
-def load_optimizer(optimizer, state, path):
-    """Give Adam the momenta of a training state, which has none before the first step."""
-    momenta = {}
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"] if state["progress"]["global_step"] else []):
-        momenta[i] = state["optimizer"].get(i)
-        expected = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-        check_tensors(momenta[i], expected, path, f"optimizer.{i}")
-    optimizer.load_state_dict(optimizer.state_dict() | dict(state=momenta))
-
-
-def check_save_path(args, path, teacher=None):
-    """Refuse a path for the policy that cannot be written, or where that would cost the user a file."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
-        fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if args.save_path and os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
-        fail(f"--save-path {path}: the teacher's own file; name another")
-    if args.save_path and os.path.lexists(path) and not args.overwrite:
-        policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
-        written_by = policy["args"] if type(policy.get("args")) is dict else {}
-        if any(written_by.get(name) != value for name, value in vars(args).items() if name not in RUNTIME_FLAGS):
-            fail(f"--save-path {path}: exists; name another, or replace it with --overwrite")
-
-
-def make_run_folder(args):
-    """A new folder runs/{env_id}__{exp_name}__{seed}__{unix time}, with a suffix where that exists."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    name = "runs/" + "".join("-" if character in "/\\:" else character for character in name)
-    for suffix in itertools.count():
-        try:
-            folder = f"{name}-{suffix}" if suffix else name
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            pass
-
-
-def plain(module):
-    """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
-
-
-@functools.cache
-def versions():
-    """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-class Signals:
-    """Remembers signals until the loop asks. SIGINT (Ctrl-C) and SIGTERM: save and exit; a second one quits at once.
-    SIGUSR1: save and go on."""
-
-    def __init__(self):
-        self.stop, self.save = None, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if number == signal.SIGUSR1:
-            self.save = True
-        else:
-            self.stop = number
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-# --- MATH ---
-
-
-def compute_advantages(rewards, values, next_values, ended, gamma, gae_lambda):
-    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), all of shape (num_steps, num_envs).
-
-    values: V(s_t). next_values: V(s_t+1) of the true successor, the last observation of an episode that was truncated,
-    and 0 where it terminated. ended: bool, an episode ended with step t, so later steps do not count.
-    A_t = δ_t + γ λ (1 - ended_t) A_t+1 with δ_t = r_t + γ V(s_t+1) - V(s_t)."""
-    deltas = rewards + gamma * next_values - values
-    decay = gamma * gae_lambda * (~ended).to(rewards.dtype)
-    advantages = torch.empty_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    rewards, values, dones: (num_steps, num_envs) float32; dones is 1 where an episode ended with the step. next_value:
+    (num_envs,), the value of the observations after the last step. Returns advantages, (num_steps, num_envs)."""
+    next_values = torch.cat([values[1:], next_value[None]])
+    deltas = rewards + gamma * next_values * (1 - dones) - values
+    advantages = torch.zeros_like(rewards)
+    advantage = 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantage
     return advantages
 
 
-def gaussian_logprob(actions, mean, logstd):
-    """log π(a|s), summed over action dimensions: actions, mean (…, action_dim), logstd (action_dim,) to (…)."""
-    return -(0.5 * ((actions - mean) * torch.exp(-logstd)) ** 2 + logstd + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_entropy(logstd):
-    """Entropy of the policy in nats, the same in every state: (action_dim,) to ()."""
-    return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 def ppo_loss(logratio, advantages, clip_coef, norm_adv):
-    """The clipped surrogate objective (arXiv 1707.06347, eq. 7) as a loss: -mean min(ρ Â, clip(ρ, 1-ε, 1+ε) Â).
+    """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
 
-    logratio: log ρ = log π_θ(a|s) - log π_θk(a|s), (n,). advantages: (n,), normalized here if norm_adv."""
+    logratio: log ρ (n,); advantages: (n,), normalized here if norm_adv."""
     if norm_adv and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
-    return -torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
-def gaussian_kl(mean_p, logstd_p, mean_q, logstd_q):
-    """KL(p ‖ q) of diagonal Gaussians in nats, summed over action dimensions: means (n, action_dim), log standard
-    deviations (action_dim,) to (n,)."""
-    squares = torch.exp(2 * logstd_p) + (mean_p - mean_q) ** 2
-    return (logstd_q - logstd_p + 0.5 * squares * torch.exp(-2 * logstd_q) - 0.5).sum(-1)
+def distill_loss(logratio, kl, clip_coef):  # PPD: its loss
+    """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors.
 
-
-def teacher_kl(teacher_mean, teacher_logstd, student_mean, student_logstd, direction):
-    """The KL of every state, (n,). "forward": KL(teacher ‖ student), which covers all that the teacher does; "reverse":
-    KL(student ‖ teacher), which settles on a part of it."""
-    teacher, student = (teacher_mean, teacher_logstd), (student_mean, student_logstd)
-    return gaussian_kl(*teacher, *student) if direction == "forward" else gaussian_kl(*student, *teacher)
-
-
-def distillation_loss(logratio, kl, clip_coef):
-    """PPD's term: mean KL · max(ρ, 1-ε), which pulls towards the teacher with at least 1-ε of its force, however rare
-    the action has become. Gradients flow through both. logratio, kl: (n,)."""
-    return (torch.clamp(logratio.exp(), min=1 - clip_coef) * kl).mean()
-
-
-def ratio_metrics(logratio, clip_coef):
-    """For the log: approximate KL(π_θk ‖ π_θ) (Schulman's k3 estimator) and the fraction of clipped ratios."""
-    ratio = logratio.exp()
-    return (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
-
-
-# --- EVALUATION ---
-
-
-@torch.no_grad()
-def evaluate(choose, make_envs, args, device, on_step=lambda: None):
-    """The returns of args.eval_episodes full episodes of args.env_id, a list of floats. choose: the actions for
-    observations on `device` as the environments give them, such as an actor's `mode`. make_envs: makes environments of
-    id, number and threads, such as their class. on_step: called before every step.
-
-    Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
-    are evaluation's own, and nothing of training's randomness is used."""
-    num_envs = min(args.eval_episodes, 25)
-    quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
-    envs = make_envs(args.env_id, num_envs, args.env_threads)
-    obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
-    torch_threads = torch.get_num_threads()
-    if obs.dtype != np.uint8:  # small networks: waiting threads of torch would take the cores from the environments
-        torch.set_num_threads(1)
-    returns = [[] for _ in range(num_envs)]
-    while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
-        on_step()
-        chosen = choose(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
-        actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
-        actions[active] = chosen
-        obs, _, _, _, _, finished = envs.step(actions, active)
-        for i, episode_return, _ in finished:
-            returns[i].append(episode_return)
-    envs.close()
-    torch.set_num_threads(torch_threads)
-    return [episode_return for done in returns for episode_return in done]
-
-
-@torch.no_grad()
-def add_noise(module, std, generator):
-    """A copy of a teacher, with N(0, std²) added to every parameter but not to its statistics (paper, Table 2)."""
-    module = copy.deepcopy(module)
-    for parameter in module.parameters():
-        parameter += std * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def summarize(returns):
-    """Mean, standard deviation, number and list of episodic returns, for result.json."""
-    return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
-
-
-def compute_ratios(scores, measure="mean"):
-    """Student / teacher of one measure of their scores, for result.json; None, with a reason, where the teacher's is
-    not positive, or there is none."""
-    ratios = {}
-    for ratio, teacher in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
-        if "student" in scores and teacher in scores:
-            ours, theirs = scores["student"][measure], scores[teacher][measure]
-            ratios[ratio] = ours / theirs if theirs is not None and theirs > 0 else None
-            if ratios[ratio] is None:
-                measured = f"{teacher.replace('_', ' ')}'s {measure.replace('_', '-')} score"
-                ratios[f"{ratio}_reason"] = f"the {measured} is {'unknown' if theirs is None else 'not positive'}"
-    return ratios
+    logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
+    return (kl * logratio.exp().clamp(min=1 - clip_coef)).mean()
 
 
 def main(args):
-    # SETUP: whatever can be wrong is found before anything is created
-    resumed, run_folder, last_step = None, None, args.total_timesteps
-    if args.resume:
-        checkpoint_path, resumed = read_training_state(args.resume)
-        run_folder = os.path.dirname(checkpoint_path) or "."
-        args = dataclasses.replace(args, total_timesteps=last_step or resumed["args"]["total_timesteps"])
-        check_fields(resumed, checkpoint_path, teacher=dict, teacher_sha256=str)
-        teacher, teacher_path, teacher_sha256 = resumed["teacher"], checkpoint_path, resumed["teacher_sha256"]
-    elif args.teacher:
-        teacher, teacher_path = read_file(args.teacher), args.teacher
-        with open(args.teacher, "rb") as file:
-            teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
-    else:
-        fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
-    has_student = last_step > 0 or resumed and resumed["progress"]["global_step"] > 0  # else a teacher is evaluated
-    save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
-    if has_student:
-        check_save_path(args, save_path, args.teacher)
-    if args.env_id is None:
-        check_policy(teacher, teacher_path)
-        if ":" in teacher["env_id"]:  # gymnasium imports what stands before the colon
-            fail(f"{teacher_path}: field env_id names a module to import; allow that with --env-id {teacher['env_id']}")
-        args = dataclasses.replace(args, env_id=teacher["env_id"])
-    settings = PAPER_SETTINGS.get(args.env_id.split("-")[0], PAPER_SETTINGS["other"])
-    settings = {name: value for name, value in settings.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **settings)
-    check_numbers(args)
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    probe = make_env(args.env_id)
-    (obs_dim,), (action_dim,) = probe.observation_space.shape, probe.action_space.shape
+    # SETUP
+    wanted = "a teacher for continuous control: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
+    teacher = load("--teacher", args.teacher, wanted, format=1, suite="continuous")  # PPD: its policy file
+    network = teacher["network"]
+    state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    if args.gamma is None:
+        args.gamma = 0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999
+    batch_size = args.num_envs * args.num_steps
+    if args.minibatch_size > batch_size or args.eval_episodes < 1:
+        sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
+    probe = ContinuousEnvs(args.env_id, 1)
     probe.close()
-    expected = SUITE, [obs_dim], action_dim
-    teacher_actor, _, return_rms = load_policy(teacher, teacher_path, *expected)
-    teacher_actor.requires_grad_(False)
-    if teacher["env_id"] != args.env_id:
-        print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
+    if probe.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
+    spaces, teacher_spaces = [[*probe.obs_shape], probe.action_dim], [network["obs_shape"], network["action_dim"]]
+    if spaces != teacher_spaces:
+        sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-    update_threads = torch.get_num_threads()
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
 
-    generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
-    progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
-    if resumed:
-        actor, critic, student_return_rms = load_policy(resumed["policy"], checkpoint_path, *expected)
-        network = resumed["policy"]["network"]
-        progress = resumed["progress"]
-    else:
-        network = dict(teacher["network"])
-        if args.student_size != "same":
-            hidden = HIDDEN[args.student_size]
-            network |= dict(activation="relu", actor_hidden=hidden, critic_hidden=hidden)
-        (actor, critic), student_return_rms = make_networks(network, generator), RunningMeanStd()
-        for name, statistic in actor.named_buffers():
-            statistic.copy_(teacher_actor.get_buffer(name))  # frozen: teacher and student see the same inputs
-    frozen_rewards = return_rms is not None  # scaled by the teacher's statistics (the paper), or by running ones
-    return_rms = return_rms or student_return_rms or RunningMeanStd()
-    original_teacher_actor = teacher_actor
-    if args.teacher_noise:
-        noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
-        teacher_actor = add_noise(teacher_actor, args.teacher_noise, noise_generator)
-    for module in (original_teacher_actor, teacher_actor, actor, critic):
+    teacher_actor, original_teacher = MlpActor(network), MlpActor(network)  # PPD: the teacher
+    for module in (teacher_actor, original_teacher):
+        module.load_state_dict(teacher["actor"])
+        module.requires_grad_(False)
+    noise_generator = torch.Generator().manual_seed(args.seed)
+    for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
+        parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
+    if args.student_size != "same":
+        hidden = {"smaller": [128, 64], "larger": [512, 512]}[args.student_size]
+        network = {**network, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
+    actor, critic, return_rms = MlpActor(network), MlpCritic(network), RunningMeanStd()
+    for name, statistics in teacher_actor.named_buffers():  # PPD: the teacher's observation statistics, frozen
+        actor.get_buffer(name).copy_(statistics)
+    if teacher["return_rms"]:  # PPD: and its reward statistics, if it has any
+        return_rms.load_state_dict(teacher["return_rms"])
+    for module in (teacher_actor, original_teacher, actor, critic):
         module.to(device)
+    if args.compile:
+        actor.compile()
+        critic.compile()
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    if resumed:
-        load_optimizer(optimizer, resumed, checkpoint_path)
-        try:
-            generator.set_state(resumed["generator"])
-        except (RuntimeError, TypeError):
-            fail(f"{checkpoint_path}: field generator: not the state of torch's generator")
-    if args.compile:
-        actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
-        critic.compile()
+    trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve = 0, 0.0, []
+    if state:
+        for name, part in trained.items():
+            part.load_state_dict(state[name])
+        if not torch.equal(actor.obs_rms.mean, teacher_actor.obs_rms.mean):
+            sys.exit(f"--teacher {args.teacher}: not the teacher that this run was started with")
+        optimizer.param_groups[0]["lr"] = args.learning_rate
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
-    run_folder = run_folder or make_run_folder(args)
-    save_path = args.save_path or os.path.join(run_folder, "student.pt")
-    if has_student:
-        os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
     if args.track:
-        wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
-    table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + table)
-    print(f"run folder: {run_folder} (device: {device})")
-    if settings:
-        print(f"settings for {args.env_id}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    signals, start_time = Signals(), time.time() - progress["wall_seconds"]
+        import wandb
 
-    def make_policy():
-        policy = dict(format=FORMAT, suite=SUITE, env_id=args.env_id, network=network, actor=plain(actor))
-        policy |= dict(critic=plain(critic), return_rms=plain(return_rms), global_step=progress["global_step"])
-        return policy | dict(args=dataclasses.asdict(args), versions=versions())
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
+    writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
+    print(f"run folder: {run_folder}")
 
-    def make_training_state():
-        progress["wall_seconds"] = time.time() - start_time
-        state = dict(format=FORMAT, script=SCRIPT, args=dataclasses.asdict(args))
-        state |= dict(policy=make_policy(), generator=generator.get_state(), teacher=teacher)
-        state |= copy.deepcopy(dict(optimizer=optimizer.state_dict()["state"], progress=progress))
-        return state | dict(teacher_sha256=teacher_sha256)
-
-    def save_training_state():
-        writer.flush()  # the curves on disk reach as far as the state, or further
-        save_atomically(os.path.join(run_folder, "checkpoint.pt"), lambda file: torch.save(state, file))
-
-    def stop_on_signal():
-        if signals.stop:
-            if state["progress"]["global_step"] > saved_step or not resumed:  # else it is what the file holds
-                save_training_state()
-            bar.close()
-            writer.close()
-            print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
-            print(f"  python {SCRIPT} --resume {run_folder}", file=sys.stderr)
-            raise SystemExit(128 + signals.stop)
-
-    # TRAINING
-    T, N, D, A = args.num_steps, args.num_envs, obs_dim, action_dim
-    obs_b, actions_b, means_b = (torch.zeros((T, N, dim), device=device) for dim in (D, A, A))
-    rewards_b, return_vars_b = torch.zeros((T, N), dtype=torch.float64), torch.zeros((T, 1), dtype=torch.float64)
-    ended_b = torch.zeros((T, N), dtype=torch.bool)
-    start_step = saved_step = global_step = progress["global_step"]
-    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
-    envs = ParallelEnvs(args.env_id, N, args.env_threads)
-    running_return = torch.zeros(N, dtype=torch.float64)  # of the episodes under way, discounted by 0.99 for any gamma
-    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
-    bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
+    envs = ContinuousEnvs(args.env_id, args.num_envs)
+    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), device=device)
+    actions = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
+    student_means = torch.zeros_like(actions)
+    rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
+    running_return = torch.zeros(args.num_envs, dtype=torch.float64)
+    num_eval_envs = min(args.num_envs, args.eval_episodes)
+    lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end  # PPD: default
+    episodes = deque(maxlen=100)  # return and length
+    last_save = 0.0
+    bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
     try:
-        raw_obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
-        obs = actor.normalize(raw_obs)
-        while global_step < last_step:
-            iteration_start = time.time()
+        raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
+        next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
+        torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+        while global_step < args.total_timesteps:
+            start_time = time.time()
 
-            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in batches
-            torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-            noise = actor.logstd.detach().exp() * torch.randn((T, N, A), generator=generator).to(device)
-            returns_b, lengths_b = [], []  # of the episodes that end in this rollout
-            final_obs = {}  # (step, environment): last observation of an episode that was truncated there
-            for step in range(T):
-                stop_on_signal()
-                with torch.no_grad():
-                    mean, _ = actor(obs)
-                    action = mean + noise[step]
-                obs_b[step], actions_b[step], means_b[step] = obs, action, mean
-                raw_obs, reward, terminated, truncated, last_obs, finished = envs.step(action.cpu().numpy())
-                global_step += N
-                raw_obs = torch.from_numpy(raw_obs).to(device)
-                obs = actor.normalize(raw_obs)
-                for i in np.flatnonzero(truncated & ~terminated):
-                    final_obs[step, int(i)] = actor.normalize(torch.from_numpy(last_obs[i]).to(device))
-                ended_b[step], rewards_b[step] = torch.from_numpy(terminated | truncated), torch.from_numpy(reward)
-                if not frozen_rewards:
-                    running_return = running_return * 0.99 + rewards_b[step]
-                    return_rms.update(running_return)
-                    running_return[ended_b[step]] = 0
-                return_vars_b[step] = return_rms.var
-                for _, episode_return, episode_length in finished:
-                    returns_b.append(episode_return)
-                    lengths_b.append(episode_length)
+            # COLLECT: the student acts
+            with torch.no_grad():
+                for step in range(args.num_steps):
+                    obs[step], student_means[step] = next_obs, actor(next_obs)
+                    actions[step] = actor.policy(student_means[step]).sample()
+                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[step].cpu().numpy())
+                    next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
+                    reward, dones[step] = torch.as_tensor(reward), torch.as_tensor(terminated | truncated)
+                    if not teacher["return_rms"]:
+                        running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
+                        return_rms.update(running_return)
+                        running_return *= 1 - dones[step]
+                    rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                    timed_out = truncated & ~terminated
+                    if timed_out.any():  # a time limit is no end: add the value of what would have followed
+                        final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
+                        rewards[step, timed_out] += args.gamma * critic(final_obs).cpu()
+                    episodes.extend(finished.values())
+            global_step += batch_size
 
             # ADVANTAGE
-            torch.set_num_threads(update_threads)
+            torch.set_num_threads(NUM_CORES)
+            b_obs, b_actions, b_means = obs.flatten(0, 1), actions.flatten(0, 1), student_means.flatten(0, 1)
             with torch.no_grad():
-                logprobs = gaussian_logprob(actions_b, means_b, actor.logstd)
-                values = critic(obs_b.flatten(0, 1)).view(T, N)
-                next_values = torch.cat([values[1:], critic(obs)[None]])
-                rewards = torch.clamp(rewards_b / torch.sqrt(return_vars_b + 1e-8), -10, 10).float().to(device)
-                ended = ended_b.to(device)
-                next_values[ended] = 0
-                if final_obs:  # truncated: what would have followed still counts
-                    next_values[tuple(zip(*final_obs, strict=True))] = critic(torch.stack(list(final_obs.values())))
-                advantages = compute_advantages(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-                returns = advantages + values
-                teacher_means, teacher_logstd = teacher_actor(obs_b.flatten(0, 1))
-                student_policy = means_b.flatten(0, 1), actor.logstd
-                distill_kl = teacher_kl(teacher_means, teacher_logstd, *student_policy, args.kl).mean()
-            fraction = min(global_step / args.total_timesteps, 1)
-            lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end
-            distill_lambda = args.distill_lambda + fraction * (lambda_end - args.distill_lambda)
+                chunks = b_obs.split(args.minibatch_size)
+                b_values = torch.cat([critic(chunk) for chunk in chunks])
+                b_teacher_means = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
+                b_logprobs = actor.policy(b_means).log_prob(b_actions)
+                rollout = rewards.to(device), b_values.view_as(rewards), critic(next_obs), dones.to(device)
+                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+            b_returns = b_advantages + b_values
 
             # UPDATE
-            b_obs, b_actions, b_logprobs = obs_b.flatten(0, 1), actions_b.flatten(0, 1), logprobs.flatten()
-            b_advantages, b_returns = advantages.flatten(), returns.flatten()
-            metrics = []
+            progress = min(global_step / args.total_timesteps, 1)
+            distill_lambda = args.distill_lambda + progress * (lambda_end - args.distill_lambda)  # PPD: λ
+            metrics = defaultdict(list)
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
-                    stop_on_signal()
-                    mb_obs = b_obs[mb]
-                    mean, logstd = actor(mb_obs)
-                    logratio = gaussian_logprob(b_actions[mb], mean, logstd) - b_logprobs[mb]
+                for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
+                    student_policy = actor.policy(actor(b_obs[mb]))
+                    teacher_policy = teacher_actor.policy(b_teacher_means[mb])  # PPD: in the same states
+                    if args.kl == "forward":  # PPD: the paper's KL
+                        kl = kl_divergence(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
+                    else:  # PPD: an option of the paper's library
+                        kl = kl_divergence(student_policy, teacher_policy)  # PPD: KL(student ‖ teacher), (n,)
+                    logratio = student_policy.log_prob(b_actions[mb]) - b_logprobs[mb]
+
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
-                    entropy = gaussian_entropy(logstd)
-                    actor_loss = pg_loss - args.ent_coef * entropy
-                    if distill_lambda:
-                        kl = teacher_kl(teacher_means[mb], teacher_logstd, mean, logstd, args.kl)
-                        actor_loss = actor_loss + distill_lambda * distillation_loss(logratio, kl, args.clip_coef)
+                    kl_loss = distill_loss(logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
+                    entropy = student_policy.entropy().mean()
+                    v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
+                    loss = pg_loss + distill_lambda * kl_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # PPD:
+
                     optimizer.zero_grad()
-                    actor_loss.backward()  # one network after the other: less memory
-                    v_loss = nn.functional.mse_loss(critic(mb_obs), b_returns[mb])
-                    (args.vf_coef * v_loss).backward()
-                    if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
-                        raise FloatingPointError("loss or gradient")
+                    loss.backward()
+                    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-                    losses = pg_loss.detach(), v_loss.detach(), entropy.detach()
-                    metrics.append(torch.stack([*losses, *ratio_metrics(logratio.detach(), args.clip_coef)]))
-            progress["global_step"] = global_step
-            progress["last_returns"] = [*progress["last_returns"], *returns_b][-100:]
-            progress["train_seconds"] += time.time() - iteration_start
+
+                    terms = {
+                        "policy_loss": pg_loss,
+                        "value_loss": v_loss,
+                        "entropy": entropy,
+                        "distill_kl": kl.mean(),  # PPD: in the log
+                        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
+                        "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                        "grad_norm": grad_norm,
+                    }
+                    for name, term in terms.items():
+                        metrics[name].append(term.detach())
+            train_seconds += time.time() - start_time
+            torch.set_num_threads(1)
 
             # LOG
-            names = ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
-            logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
-            logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
-            logged |= {"losses/distill_kl": distill_kl.item(), "charts/distill_lambda": distill_lambda}
-            logged["charts/SPS"] = int(global_step / progress["train_seconds"])
-            if returns_b:
-                logged |= {"charts/episodic_return": np.mean(returns_b), "charts/episodic_length": np.mean(lengths_b)}
-            for name, value in logged.items():
+            logs = {f"losses/{name}": torch.stack(terms).mean().item() for name, terms in metrics.items()}
+            if not all(map(math.isfinite, logs.values())):
+                sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
+            logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
+            logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
+            logs["charts/SPS"] = global_step / train_seconds
+            if episodes:
+                logs["charts/episodic_return"], logs["charts/episodic_length"] = np.mean(episodes, axis=0)
+            if args.eval_interval and global_step % args.eval_interval < batch_size:
+                score = evaluate(actor, ContinuousEnvs(args.env_id, num_eval_envs), args, device)
+                eval_curve.append([global_step, score["mean"], score["std"]])
+                logs["charts/eval_return"] = score["mean"]
+            for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            bar.update(T * N)
-            mean_return = np.mean(progress["last_returns"] or [math.nan])
-            bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
-            if args.eval_interval and global_step % args.eval_interval < T * N:
-                evaluated = summarize(evaluate(actor.mode, ParallelEnvs, args, device, stop_on_signal))
-                progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
-                writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
-            state = make_training_state()
+            mean_return = logs.get("charts/episodic_return", math.nan)
+            bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
+            bar.update(batch_size)
 
             # SAVE
-            if global_step >= min(saved_step + args.checkpoint_interval, last_step) or signals.save:
-                signals.save = False
-                save_training_state()
-                saved_step = global_step
+            if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
+                state = {name: part.state_dict() for name, part in trained.items()}
+                state.update(script=SCRIPT, args=dataclasses.asdict(args), global_step=global_step)
+                state.update(train_seconds=train_seconds, eval_curve=eval_curve)
+                state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                save(f"{run_folder}/checkpoint.pt", state)
+                last_save = time.time()
 
         # RESULT
-        policy, scores, trained = make_policy(), {}, global_step > start_step or not resumed
-        actors = dict(teacher=teacher_actor)
+        bar.close()
+        scored_actors = {"teacher": original_teacher, "student": actor}
         if args.teacher_noise:
-            actors["original_teacher"] = original_teacher_actor
-        if has_student:
-            actors["student"] = actor
-            kept = not trained and os.path.exists(save_path) and read_file(save_path).get("global_step") == global_step
-            if not kept:
-                save_atomically(save_path, lambda file: torch.save(policy, file))
-        if args.eval_episodes:
-            print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
-            for name, each in actors.items():
-                scores[name] = summarize(evaluate(each.mode, ParallelEnvs, args, device, stop_on_signal))
-        if "student" in scores:
-            policy["score"] = scores["student"]
-            save_atomically(save_path, lambda file: torch.save(policy, file))
-    except FloatingPointError as error:
-        raise SystemExit(f"{SCRIPT}: error: non-finite {error} at step {global_step}") from None
+            scored_actors["corrupted_teacher"] = teacher_actor
+        scores = {}
+        for name, scored_actor in scored_actors.items():
+            score = scores[name] = evaluate(scored_actor, ContinuousEnvs(args.env_id, num_eval_envs), args, device)
+            print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
+        teacher_return, student_return = scores["teacher"]["mean"], scores["student"]["mean"]
+        ratio = student_return / teacher_return if teacher_return > 0 else None
+        print(f"student / teacher: {ratio and round(ratio, 3)}")
+        writer.add_scalar("charts/teacher_return", teacher_return, global_step)
+        writer.add_scalar("charts/eval_return", student_return, global_step)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=dataclasses.asdict(args), versions=versions)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        policy = {name: trained[name].state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite="continuous", network=network, score=scores["student"], **facts)
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        print(f"saved {save_path} and {run_folder}/result.json")
+    except KeyboardInterrupt:
+        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
     finally:
         bar.close()
         envs.close()
         writer.close()
-    result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
-    result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
-    result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_ratios(scores))
-    result |= dict(teacher_sha256=teacher_sha256, eval_curve=progress["eval_curve"])
-    result |= dict(args=dataclasses.asdict(args), versions=versions())
-    report = json.dumps(result, indent=2).encode()
-    if trained or scores:
-        save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
-    for name, score in scores.items():
-        print("{}: {mean:.1f} ± {std:.1f} over {episodes} episodes".format(name.replace("_", " "), **score))
-    for name, teacher_name in (("ratio", "teacher"), ("ratio_original", "original teacher")):
-        if name in result:
-            ratio = f"{result[name]:.3f}" if result[name] is not None else f"none, {result[f'{name}_reason']}"
-            print(f"student / {teacher_name}: {ratio}")
-    if has_student:
-        print(f"the student is {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
+        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is treated as Ctrl-C
+    args = tyro.cli(Args)
+    if args.resume:  # the saved arguments are the defaults
+        saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
+        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+    main(args)

@@ -1,1096 +1,577 @@
-"""Proximal Policy Distillation (PPD, arXiv 2407.15134) for Procgen: distill a teacher into a smaller, same or larger
-student, which plays, collects rewards, and can come to beat its teacher.
+"""Proximal Policy Distillation (PPD, https://arxiv.org/abs/2407.15134) for Procgen: distill a teacher into a smaller,
+same-sized or larger student.
 
-    python ppd_procgen.py --env-id coinrun --teacher runs/teacher.pt
-    python ppd_procgen.py --env-id coinrun --teacher runs/teacher.pt --student-size smaller --seed 200
+    python ppd_procgen.py --teacher teachers/coinrun.pt --student-size smaller --total-timesteps 500000
+    python ppd_procgen.py --env-id coinrun --teacher runs/teacher.pt --seed 200
 
-The student learns by PPO on its own rollouts, with a term that draws it to the teacher on the states it visits:
+The student learns by PPO from its own rollouts and rewards, and is drawn to the teacher in the states that it visits:
 
-    maximize  E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
+    maximize E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
 
-Its critic is learned from scratch, on rewards scaled by running statistics of their own. The teacher runs once per
-rollout, without gradients. Teacher and student are measured on unseen levels and on the 200 of training. Ctrl-C saves
-the training state, `--resume runs/...` goes on from there, `--total-timesteps 0` only evaluates. Settings are the
-paper's, also where the example of its library, sb3_distill, has others (λ, networks, rollout, γ, entropy); where the
-paper is silent, the library's.
+Lines that are not plain PPO are marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from
+CleanRL's: the value loss is a plain mean squared error, the learning rate is constant, log-probabilities and values are
+computed after the rollout, rewards are scaled by a running standard deviation, and actor and critic are two networks.
 """
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
-import difflib
-import functools
-import hashlib
 import importlib.metadata
-import io
-import itertools
 import json
 import math
 import os
-import pickletools
 import platform
 import signal
 import sys
 import time
-import zipfile
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections import defaultdict, deque
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+SCRIPT = os.path.basename(__file__)
+NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
+Distribution.set_default_validate_args(False)  # saves time
 
-@dataclass
+
+@dataclasses.dataclass
 class Args:
-    # experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, a part of the run folder's name"""
+    exp_name: str = SCRIPT.removesuffix(".py")
+    """name of the experiment"""
     seed: int = 100
-    """seed of networks, noise, shuffles and environments (the paper: 100, 200, 300, 400, 500)"""
+    """seed of all that is random (the paper: 100, 200, 300, 400, 500)"""
     torch_deterministic: bool = True
-    """deterministic algorithms, also on the GPU where torch has them (it warns where not)"""
+    """make cuDNN deterministic"""
+    cuda: bool = True
+    """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases (pip install wandb)"""
+    """also log to Weights and Biases"""
     wandb_project_name: str = "ppd"
-    """the project's name in Weights and Biases"""
-    save_path: str | None = None
-    """where the student goes (default: student.pt in the run folder); an existing file is refused"""
-    overwrite: bool = False
-    """replace an existing file at --save-path"""
-    resume: str | None = None
-    """a run folder or its checkpoint.pt to go on from, with its arguments; only total_timesteps, eval_*, cuda, compile,
-    env_threads, checkpoint_interval, track and overwrite may be given anew"""
+    """project in Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) in Weights and Biases"""
 
-    # environment
-    env_id: str | None = None
-    """name of the game, such as coinrun (default: the teacher's)"""
-    num_envs: int = 18
-    """parallel environments"""
-    num_levels: int = 200
-    """how many levels it trains on; 0 is all there are, and then none is unseen"""
-    start_level: int = 0
-    """number of the first of these levels; without effect where num_levels is 0"""
-    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"
-    """the kind of levels; `extreme` and `memory` are those of some games"""
-
-    # distillation
+    # Distillation
     teacher: str | None = None
-    """the teacher's policy file; needed, but not with --resume"""
+    """policy file of the teacher, as train_teacher.py writes it"""
     student_size: Literal["smaller", "same", "larger"] = "same"
-    """the paper's network of that size; `same` is the teacher's own"""
+    """smaller: Nature-CNN, larger: wide IMPALA-CNN (the paper, Table 4); same: the teacher's network"""
     distill_lambda: float = 1.0
-    """weight λ of the KL to the teacher; 0 is plain PPO, the paper's baseline"""
+    """weight λ of the distillation loss; 0 is plain PPO"""
     distill_lambda_end: float | None = None
-    """anneal λ linearly to this value over total_timesteps (default: constant)"""
+    """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher ‖ student), the paper's; reverse: KL(student ‖ teacher)"""
+    """forward: KL(teacher ‖ student), as in the paper; reverse: KL(student ‖ teacher)"""
     teacher_noise: float = 0.0
-    """standard deviation of noise added to every parameter of the teacher (the paper's imperfect teachers: 0.05)"""
+    """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
 
-    # algorithm (paper, Table 3)
+    # PPO
+    env_id: str | None = None
+    """name of the game (default: the teacher's)"""
+    num_levels: int = 200
+    """number of training levels; 0: all there are"""
+    start_level: int = 0
+    """number of the first training level"""
+    distribution_mode: Literal["easy", "hard"] = "easy"
+    """difficulty of the levels"""
     total_timesteps: int = 2_000_000
-    """environment steps, rounded up to whole rollouts; 0 trains nothing and evaluates the teacher or what --resume
-    names"""
+    """environment steps, rounded up to whole rollouts"""
     learning_rate: float = 3e-4
-    """Adam's learning rate, constant"""
+    """learning rate of Adam"""
+    num_envs: int = 18
+    """number of parallel environments"""
     num_steps: int = 64
-    """steps per environment and rollout"""
+    """steps of each environment in a rollout"""
     gamma: float = 0.999
     """discount factor"""
     gae_lambda: float = 0.9
     """lambda of generalized advantage estimation"""
     minibatch_size: int = 512
-    """samples per gradient step; the last minibatch of an epoch may be smaller"""
+    """samples in a minibatch; the last of an epoch can be smaller"""
     update_epochs: int = 4
     """passes over each rollout"""
     norm_adv: bool = True
     """normalize advantages in each minibatch"""
     clip_coef: float = 0.2
-    """epsilon, the clip range of the importance ratio"""
+    """clip range ε of the importance ratio"""
     ent_coef: float = 0.0
-    """weight of the entropy bonus"""
+    """coefficient of the entropy bonus"""
     vf_coef: float = 0.5
-    """weight of the critic's loss"""
+    """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient, of actor and critic together"""
-
-    # evaluation
-    eval_episodes: int = 200
-    """full episodes with stochastic actions at the end, on unseen levels and on those of training; 0 skips them"""
-    eval_interval: int = 0
-    """also evaluate on unseen levels every so many environment steps; 0 never does"""
-
-    # runtime
-    cuda: bool = True
-    """use the GPU where there is one"""
+    """largest norm of the gradient of actor and critic together"""
     compile: bool = False
-    """torch.compile the student's networks"""
+    """compile the student's networks"""
     amp: bool = False
-    """compute the convolutional networks in bfloat16"""
-    env_threads: int = 0
-    """threads that step the environments, 0 for one per core; changes no result"""
-    checkpoint_interval: int = 50_000
-    """environment steps between saves of the training state"""
+    """compute the networks in bfloat16"""
 
-
-SCRIPT = os.path.basename(__file__)
-SUITE = "procgen"  # the suite of a policy file
-KINDS = {"procgen": ["nature relu", "impala relu"]}  # kinds of network in a policy file of each suite of this script
-PACKAGES = ("torch", "numpy", "procgen", "procgen-mirror")  # whose versions results depend on
-SIZES = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}  # Table 4: kind, widths
-PROCGEN_GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
-PROCGEN_GAMES += "miner ninja plunder starpilot".split()
-PROCGEN_MODES = {"extreme": "chaser dodgeball leaper starpilot"}  # the games with such levels
-PROCGEN_MODES |= {"memory": "caveflyer dodgeball heist jumper maze miner"}
-RUNTIME_FLAGS = ("total_timesteps", "eval_episodes", "eval_interval", "cuda", "compile", "env_threads")
-RUNTIME_FLAGS += ("checkpoint_interval", "track", "overwrite", "resume")  # what --resume lets one give anew
-
-
-def fail(message):
-    """End the program as a command line does for its user's mistake: one line on stderr, exit code 2."""
-    print(f"{SCRIPT}: error: {' '.join(message.split())[:1500]}", file=sys.stderr)  # a file may hold line breaks
-    raise SystemExit(2)
-
-
-def parse_args(argv=None):
-    """The command line (default: this process's) as `Args`; with --resume, on top of the arguments saved there."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume is None:
-        return args
-    saved = Args(**read_training_state(args.resume)[1]["args"])
-    saved = dataclasses.replace(saved, resume=args.resume, overwrite=False)
-    if ":" in saved.env_id and args.env_id != saved.env_id:  # gymnasium imports what stands before the colon
-        fail(f"{args.resume}: field args.env_id names a module to import; allow that with --env-id {saved.env_id}")
-    args = tyro.cli(Args, args=argv, default=saved)
-    for name, value in vars(saved).items():
-        if name not in RUNTIME_FLAGS and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot be changed with --resume: the run was started with {value}")
-    return args
-
-
-def check_numbers(args):
-    """Refuse arguments that no run can have, before anything is created."""
-    limits = [
-        ("num_envs num_steps minibatch_size update_epochs checkpoint_interval", lambda x: x >= 1, "at least 1"),
-        ("seed total_timesteps eval_episodes eval_interval env_threads", lambda x: x >= 0, "0 or more"),
-        ("num_levels start_level", lambda x: 0 <= x < 2**30, "0 or more, and less than 2**30"),
-        ("learning_rate max_grad_norm clip_coef", lambda x: 0 < x < math.inf, "a positive number"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        ("ent_coef vf_coef teacher_noise", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
-        ("distill_lambda distill_lambda_end", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
-    ]
-    for names, is_valid, wanted in limits:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not is_valid(value):
-                fail(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    if getattr(args, "minibatch_size", 1) > args.num_envs * args.num_steps:
-        batch = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps}"
-        fail(f"--minibatch-size {args.minibatch_size} is larger than the rollout, {batch}")
-    if args.eval_interval and not args.eval_episodes:
-        fail(f"--eval-interval {args.eval_interval} needs --eval-episodes of at least 1")
-
-
-def derive_seeds(seed, stream, count, step=0):
-    """`count` independent 32-bit seeds for a stream of randomness ("training", "environments", …) of a run, and for
-    the step at which it was resumed, as a list of ints."""
-    entropy = [seed, int.from_bytes(stream.encode(), "big"), step]
-    return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
-
-
-def keep_freed_memory():
-    """Have the C library (glibc) keep the large blocks that are freed. It gives them back to the system at once, and on
-    the CPU getting their pages again takes up to half of a convolutional network's time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-# --- ENVIRONMENT ---
+    # Evaluation and saving
+    eval_episodes: int = 200
+    """episodes on unseen levels, and as many on those of training, with stochastic actions, at the end of the run"""
+    eval_interval: int = 0
+    """also evaluate the student on unseen levels every so many steps; 0: only at the end"""
+    save_path: str | None = None
+    """path of the student's policy file (default: student.pt in the run folder)"""
+    save_interval: float = 60.0
+    """seconds between saves of the training state"""
+    resume: str | None = None
+    """run folder to continue, with its arguments; those given on the command line replace them"""
 
 
 class ProcgenEnvs:
-    """`num_envs` games of Procgen, stepped by its own `threads` (0: one per core), whose number changes no result. The
-    levels are `num_levels` from number `start_level` on, or all there are where num_levels is 0. Procgen does not tell
-    a time-out (after 1,000 steps in most games) from other ends, so every end of an episode is `terminated`."""
+    """Procgen games on num_levels levels from number start_level, or on all levels where num_levels is 0. Procgen does
+    not tell time limits from other ends, so no episode is truncated."""
 
-    obs_shape, action_dim = (3, 64, 64), 15  # uint8: red, green, blue
+    obs_shape, action_dim = (3, 64, 64), 15  # uint8
 
-    def __init__(self, env_id, num_envs, threads=0, num_levels=0, start_level=0, distribution_mode="easy"):
-        if env_id not in PROCGEN_GAMES:
-            near = difflib.get_close_matches(env_id.lower(), PROCGEN_GAMES, n=3, cutoff=0.4)
-            hint = f"nearest: {', '.join(near)}" if near else f"which are {', '.join(PROCGEN_GAMES)}"
-            fail(f"--env-id {env_id}: not among the games of Procgen; {hint}")
-        if distribution_mode in PROCGEN_MODES and env_id not in PROCGEN_MODES[distribution_mode].split():
-            games = PROCGEN_MODES[distribution_mode].replace(" ", ", ")
-            fail(f"--distribution-mode {distribution_mode}: {env_id} has no such levels; the games that do: {games}")
-        options = dict(num_threads=min(threads or os.cpu_count(), num_envs), distribution_mode=distribution_mode)
-        options |= dict(num_levels=num_levels, start_level=start_level)
+    def __init__(self, env_id, num_envs, num_levels, start_level, distribution_mode):
+        self.num_envs = num_envs
         try:
             from gym_notices import notices
 
-            notices.notices.clear()  # the old gym, which procgen imports, prints them
+            notices.notices.clear()  # of the old gym, which procgen imports
             from procgen import ProcgenGym3Env
+            from procgen.env import ENV_NAMES
+        except (ImportError, OSError) as error:
+            sys.exit(f"--env-id {env_id}: cannot import procgen ({error}); see Procgen in README.md")
+        if env_id not in ENV_NAMES:
+            sys.exit(f"--env-id {env_id}: the games of Procgen are {', '.join(ENV_NAMES)}")
+        levels = {"num_levels": num_levels, "start_level": start_level, "distribution_mode": distribution_mode}
+        num_threads = min(num_envs, NUM_CORES)
+        self.make = lambda seed: ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=num_threads, **levels)
+        self.envs = self.make(0)
 
-            self.make_envs = functools.partial(ProcgenGym3Env, num_envs, env_id, **options)
-            self.envs = self.make_envs(rand_seed=0)  # finds out whether its library loads; `reset` makes them anew
-        except ImportError as error:
-            package = "procgen" if sys.version_info < (3, 11) else "procgen-mirror"
-            fail(f"--env-id {env_id}: Procgen cannot be imported ({error}); pip install {package}")
-        except OSError as error:  # its library needs two of the system's
-            fail(f"--env-id {env_id}: Procgen cannot be loaded ({error}); on Debian: apt install libgl1 libglib2.0-0")
-
-    def reset(self, seeds):
-        """Start new levels; the observations, (num_envs, 3, 64, 64) uint8. Procgen seeds all its environments by one
-        number: the first of the seeds is that."""
-        self.close()
-        self.envs = self.make_envs(rand_seed=seeds[0] % 2**31)
-        self.returns, self.lengths = np.zeros(self.envs.num), np.zeros(self.envs.num, int)
+    def reset(self, seed):
+        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        self.envs.close()
+        self.envs = self.make(int(np.random.SeedSequence(seed).generate_state(1)[0]) % 2**31)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return self.envs.observe()[1]["rgb"].transpose(0, 3, 1, 2)
 
-    def step(self, actions, active=True):
-        """Act in every environment.
-
-        actions: (num_envs,) int64. Returns obs (num_envs, 3, 64, 64) uint8, the next observations, those of a new level
-        where an episode has ended; rewards (num_envs,) float64; terminated and truncated, (num_envs,) bool, of which
-        the second is never set; last_obs, never to be used, for Procgen gives no last observation; finished, a list of
-        (environment, return, length) of the episodes that ended, where the bool array `active` is set."""
-        if not ((actions >= 0) & (actions < self.action_dim)).all():  # Procgen would take -1 for a reset
-            raise ValueError(f"actions have to be within 0 and {self.action_dim - 1}: {actions}")
+    def step(self, actions):
+        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next episode where one has
+        ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that have
+        ended."""
         self.envs.act(actions)
-        rewards, obs, ended = self.envs.observe()  # where one has ended, the rewards are its last, obs the next one's
-        obs = obs["rgb"].transpose(0, 3, 1, 2)
+        rewards, obs, first = self.envs.observe()  # where first is set, the rewards are still those of the last episode
         self.returns += rewards
         self.lengths += 1
-        where = np.flatnonzero(ended & active)
-        finished = [(int(i), float(self.returns[i]), int(self.lengths[i])) for i in where]
+        ended = np.flatnonzero(first)
+        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
         self.returns[ended], self.lengths[ended] = 0, 0
-        return obs, rewards.astype(float), ended, np.zeros_like(ended), obs, finished
+        return obs["rgb"].transpose(0, 3, 1, 2), rewards.astype(float), first, np.zeros_like(first), finished
 
     def close(self):
         self.envs.close()
 
 
-def procgen_game(env_id):
-    """Procgen's own name of a game, of which procgen-coinrun-v0 and procgen:procgen-coinrun-v0 are other spellings."""
-    name = env_id.removeprefix("procgen:").removeprefix("procgen-").removesuffix("-v0")
-    return name if env_id.startswith("procgen") and name in PROCGEN_GAMES else env_id
-
-
-def procgen_maker(args, unseen=False):
-    """A function of env_id, num_envs and threads that makes Procgen's environments: with the levels of training, or, if
-    unseen, with all that there are, of which 200 levels of training are a vanishing part."""
-    num_levels = 0 if unseen else args.num_levels
-    levels = dict(start_level=args.start_level, distribution_mode=args.distribution_mode)
-    return functools.partial(ProcgenEnvs, num_levels=num_levels, **levels)
-
-
-# --- NETWORKS ---
+def make_envs(args, num_envs, unseen=False):
+    num_levels = 0 if unseen else args.num_levels  # of all levels, those of training are a vanishing part
+    return ProcgenEnvs(args.env_id, num_envs, num_levels, args.start_level, args.distribution_mode)
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of batches, by the parallel update of Chan et al. (1979), as float64 buffers."""
+    """Mean and variance of a stream of batches, in float64 (Chan et al., 1979)."""
 
     def __init__(self, shape=()):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))  # stable-baselines3's start
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, batch):
         """Take in a batch, (n, *shape) float64."""
         var, mean = torch.var_mean(batch, dim=0, correction=0)
-        delta, weight = mean - self.mean, len(batch) / (self.count + len(batch))
-        self.mean += weight * delta
-        self.var.lerp_(var + (1 - weight) * delta**2, weight)
+        weight = len(batch) / (self.count + len(batch))
+        self.var += weight * (var - self.var + (1 - weight) * (mean - self.mean) ** 2)
+        self.mean += weight * (mean - self.mean)
         self.count += len(batch)
 
 
-class ResidualUnit(nn.Module):
-    """x + conv(ReLU(conv(ReLU(x)))), two 3×3 convolutions that keep the shape."""
+def layer_init(layer, std=2**0.5):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
+
+class ResidualUnit(nn.Module):
     def __init__(self, filters):
         super().__init__()
-        self.conv0 = nn.Conv2d(filters, filters, 3, padding=1)
-        self.conv1 = nn.Conv2d(filters, filters, 3, padding=1)
+        self.conv0 = layer_init(nn.Conv2d(filters, filters, 3, padding=1))
+        self.conv1 = layer_init(nn.Conv2d(filters, filters, 3, padding=1))
 
     def forward(self, x):
-        return x + self.conv1(torch.relu_(self.conv0(torch.relu(x))))  # in place: less memory
+        return x + self.conv1(torch.relu_(self.conv0(torch.relu(x))))
 
 
 class Cnn(nn.Module):
-    """IMPALA-CNN (arXiv 1802.01561, figure 3, without its LSTM) or Nature-CNN (doi 10.1038/nature14236), and a linear
-    layer on top. widths: three numbers of filters, then the units of the fully connected layer. With a generator,
-    weights start orthogonal, with gain √2 in the body and output_gain in the last layer, and biases at 0."""
+    """Nature-CNN (https://doi.org/10.1038/nature14236) or IMPALA-CNN (https://arxiv.org/abs/1802.01561, figure 3) for
+    the observations of `network`, the description of the networks in a policy file. widths: filters of each stage, and
+    units of the hidden layer."""
 
-    amp = False  # of all networks: compute the body in bfloat16
+    amp = False  # of all networks
 
-    def __init__(self, kind, obs_shape, widths, outputs, output_gain, generator=None):
+    def __init__(self, network, widths, num_outputs, output_std):
         super().__init__()
         *filters, units = widths
-        channels, size, _ = obs_shape  # square
+        channels, size, _ = network["obs_shape"]
         layers = []
-        if kind == "nature":
-            for width, (kernel, stride) in zip(filters, [(8, 4), (4, 2), (3, 1)], strict=True):
-                layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU(inplace=True)]
+        if network["kind"] == "nature":
+            for width, kernel, stride in zip(filters, (8, 4, 3), (4, 2, 1), strict=True):
+                layers += [layer_init(nn.Conv2d(channels, width, kernel, stride)), nn.ReLU()]
                 channels, size = width, (size - kernel) // stride + 1
         else:
             for width in filters:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+                layers += [layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, 2, padding=1)]
                 layers += [ResidualUnit(width), ResidualUnit(width)]
                 channels, size = width, (size + 1) // 2
-            layers += [nn.ReLU(inplace=True)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, units), nn.ReLU())
-        self.head = nn.Linear(units, outputs)
-        for layer in self.modules() if generator else []:
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.orthogonal_(layer.weight, output_gain if layer is self.head else math.sqrt(2), generator)
-                nn.init.zeros_(layer.bias)
+            layers += [nn.ReLU()]
+        layers += [nn.Flatten(), layer_init(nn.Linear(channels * size * size, units)), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = layer_init(nn.Linear(units, num_outputs), output_std)
 
     def forward(self, obs):
-        """Outputs (n, outputs) float32 for pixels (n, channels, size, size) uint8."""
-        pixels = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # takes a third less time
+        pixels = obs.to(torch.float32, memory_format=torch.channels_last) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
             features = self.body(pixels)
         return self.head(features.float())
 
 
 class CnnActor(nn.Module):
-    """Categorical policy over a game's actions."""
+    """Categorical policy."""
 
-    def __init__(self, network, generator=None):
+    def __init__(self, network):
         super().__init__()
-        sizes = network["obs_shape"], network["actor_hidden"], network["action_dim"]
-        self.logits = Cnn(network["kind"], *sizes, 0.01, generator)
+        self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
 
     def normalize(self, obs):
-        """Observations as the networks see them: bytes, which are pixels / 255 only within the networks."""
+        """Raw observations to the networks' inputs: pixels stay bytes until they are in the network."""
         return obs
 
     def forward(self, obs):
-        """Logits (n, action_dim) of the actions in observations (n, *obs_shape) uint8."""
+        """Logits (n, action_dim) of the policy for observations (n, *obs_shape) uint8."""
         return self.logits(obs)
 
-    def mode(self, obs):
-        """The most probable actions, (n,) int64."""
-        return self(obs).argmax(-1)
+    def policy(self, logits):
+        return Categorical(logits=logits)
 
 
 class CnnCritic(nn.Module):
-    """State value: a network of its own."""
-
-    def __init__(self, network, generator=None):
+    def __init__(self, network):
         super().__init__()
-        self.value = Cnn(network["kind"], network["obs_shape"], network["critic_hidden"], 1, 1.0, generator)
+        self.value = Cnn(network, network["critic_hidden"], 1, 1.0)
 
     def forward(self, obs):
         """Values (n,) of observations (n, *obs_shape) uint8."""
         return self.value(obs).squeeze(-1)
 
 
-def make_networks(network, generator=None):
-    """Actor and critic as the `network` of a policy file describes them; with a generator, newly initialized."""
-    return CnnActor(network, generator), CnnCritic(network, generator)
+def save(path, content):
+    """Write a file that is whole or not there, whenever the program stops."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
-# --- CHECKPOINT ---
-
-FORMAT = 1  # of policy files and training states
-PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}  # all that a file may call, or name
-PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "Byte")}
-
-
-def save_atomically(path, write):
-    """Let `write(file)` fill a new file and put that at `path`: at any moment, even in a crash, `path` is the whole old
-    file or the whole new one."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def read_file(path):
-    """The dict of tensors and plain values in a file of ours. Nothing in it is executed, and whatever is wrong with it
-    (missing, damaged, foreign, inflated, not finite) ends the program with one line that names file and field."""
-    if not os.path.isfile(path):
-        fail(f"{path}: no such file")
+def load(flag, path, wanted, **fields):
+    """Read a file of this project, a dict of tensors and plain values with these fields. Nothing in it is executed."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        archive, copied = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
-        entries = archive.infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)  # torch inflates without bound
-        if not stored or sum(entry.file_size for entry in entries) > len(data):
-            raise ValueError
-        with zipfile.ZipFile(copied, "w") as clean:  # what torch gets is what was checked here
-            for entry in entries:
-                clean.writestr(entry.filename, archive.read(entry))  # finds a flipped byte: torch itself does not
-        (pickled,) = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        opcodes = pickletools.genops(archive.read(pickled))
-        named = {str(argument) for code, argument, _ in opcodes if code.name in ("GLOBAL", "STACK_GLOBAL", "INST")}
-        if named - PICKLED:
-            fail(f"{path}: not a file of this project: it names {', '.join(sorted(named - PICKLED))}")
-        copied.seek(0)
-        content = torch.load(copied, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{path}: cannot be read: {error.strerror}")
-    except Exception:  # a hostile file can bring about any of them
-        fail(f"{path}: damaged, or not a file of this project")
-    if type(content) is not dict or type(content.get("format")) is not int or content["format"] != FORMAT:
-        fail(f"{path}: not a file of this project, or of another version: field format has to be {FORMAT}")
-    pending, seen, claimed = [((), content)], set(), 0
-    while pending:  # look at every value once; a loop, for nesting can be deep
-        names, value = pending.pop()
-        field = ".".join(map(str, names))
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if len(names) > 20:
-            fail(f"{path}: field {field}: nested too deeply")
-        if type(value) is dict:
-            if not all(type(key) is int or type(key) is str and len(key) < 200 for key in value):
-                fail(f"{path}: field {field}: a key is no short text or whole number")
-            pending += [((*names, key), item) for key, item in value.items()]
-        elif type(value) in (list, tuple):
-            pending += [((*names, i), item) for i, item in enumerate(value)]
-        elif type(value) is torch.Tensor:
-            claimed += value.numel() * value.element_size()
-            if claimed > len(data) or not value.is_contiguous():
-                fail(f"{path}: field {field}: claims more numbers than the file holds")
-            if value.requires_grad:
-                fail(f"{path}: field {field}: has to be saved without its gradient")
-            if not torch.isfinite(value).all():
-                fail(f"{path}: field {field}: holds numbers that are not finite")
-        elif type(value) not in (str, int, float, bool, type(None)):
-            fail(f"{path}: field {field}: unexpected {type(value).__name__}")
-        elif type(value) is float and not math.isfinite(value):
-            fail(f"{path}: field {field}: {value} is not finite")
-    return content
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if fields.items() <= content.items():
+            return content
+    except Exception:  # torch has many kinds of errors for a foreign file
+        pass
+    sys.exit(f"{flag} {path}: missing, damaged, or not {wanted}")
 
 
-def check_fields(content, path, **types):
-    """Refuse a dict in which one of the named fields is missing or of another type."""
-    for field, kind in types.items():
-        if type(content.get(field)) is not kind:
-            fail(f"{path}: field {field} is missing, or not of type {kind.__name__}")
+@torch.no_grad()
+def evaluate(actor, envs, args, device, deterministic=True):
+    """Play args.eval_episodes episodes, close the environments, and return {"mean", "std", "returns"} of the scores.
+
+    Each environment plays a fixed number of episodes: the first ones to end would be the short ones. torch's random
+    state stays as it is."""
+    quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
+    returns, num_steps = [[] for _ in quotas], 0
+    bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
+    with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
+        while sum(map(len, returns)) < args.eval_episodes:
+            obs = actor.normalize(torch.as_tensor(obs, device=device))
+            policy = actor.policy(actor(obs))
+            actions = policy.mode if deterministic else policy.sample()
+            obs, _, _, _, finished = envs.step(actions.cpu().numpy())
+            for i, (episode_return, _) in finished.items():
+                if len(returns[i]) < quotas[i]:
+                    returns[i].append(episode_return)
+                    bar.update()
+            num_steps += envs.num_envs
+            bar.set_postfix_str(f"{num_steps} steps", refresh=num_steps % 10_000 < envs.num_envs)
+    returns = sum(returns, [])
+    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def check_tensors(tensors, expected, path, field):
-    """Refuse tensors whose names, shapes and types are not exactly the expected ones."""
-    if type(tensors) is not dict:
-        fail(f"{path}: field {field} is missing, or not of type dict")
-    for name in sorted(expected.keys() ^ tensors.keys(), key=str):
-        fail(f"{path}: field {field}.{name} is {'missing' if name in expected else 'unexpected'}")
-    for name, tensor in expected.items():
-        found = tensors[name]
-        if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            fail(f"{path}: field {field}.{name}: has to be {tensor.dtype} of shape {list(tensor.shape)}")
-        if name.split(".")[-1] in ("var", "count", "obs_clip", "obs_epsilon", "exp_avg_sq") and (found < 0).any():
-            fail(f"{path}: field {field}.{name}: negative")
+def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16).
 
-
-def fill_module(module, tensors, path, field):
-    """Give a module that was built on the meta device the tensors of a file, which have to be exactly the module's. So
-    no memory is taken that the file does not fill."""
-    check_tensors(tensors, module.state_dict(), path, field)
-    module.load_state_dict(tensors, assign=True)
-    return module
-
-
-def check_policy(policy, path):
-    """Refuse what is no policy dict of a suite of this script."""
-    if "policy" in policy:
-        fail(f"{path}: a training state; the policy file of its run is teacher.pt or student.pt")
-    check_fields(policy, path, suite=str, env_id=str, network=dict, actor=dict, critic=dict, global_step=int, args=dict)
-    if policy["suite"] not in KINDS:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, and this script is for {', '.join(KINDS)}")
-
-
-def load_policy(policy, path, suite, obs_shape, action_dim):
-    """Actor, critic and return statistics (None where it brings none) of a policy dict that `read_file` read from
-    `path`. It is refused unless it fits the environment's suite, observations and actions."""
-    check_policy(policy, path)
-    if policy["suite"] != suite:
-        fail(f"{path}: field suite: a policy for {policy['suite']}, but the environment is one of {suite}")
-    network = policy["network"]
-    check_fields(network, path, kind=str, activation=str, actor_hidden=list, critic_hidden=list, obs_shape=list)
-    check_fields(network, path, action_dim=int)
-    hidden = network["actor_hidden"] + network["critic_hidden"]
-    kind = f"{network['kind']} {network['activation']}"
-    if kind not in KINDS[suite]:
-        fail(f"{path}: field network: kind and activation are {kind!r}, known are {', '.join(KINDS[suite])}")
-    if len(hidden) > 64 or not all(type(width) is int and 0 < width < 2**20 for width in hidden):
-        fail(f"{path}: field network: hidden widths have to be positive integers")
-    if not all(type(n) is int for n in network["obs_shape"]) or network["obs_shape"] != list(obs_shape):
-        fail(f"{path}: field network.obs_shape: {network['obs_shape']}, but the environment's is {list(obs_shape)}")
-    if network["action_dim"] != action_dim:
-        fail(f"{path}: field network.action_dim: {network['action_dim']}, but the environment's is {action_dim}")
-    try:
-        with torch.device("meta"):
-            (actor, critic), return_rms = make_networks(network), RunningMeanStd()
-    except ValueError:
-        fail(f"{path}: field network: no {kind} network has the hidden widths {hidden}")
-    fill_module(actor, policy["actor"], path, "actor")
-    fill_module(critic, policy["critic"], path, "critic")
-    if policy.get("return_rms") is None:
-        return actor, critic, None
-    check_fields(policy, path, return_rms=dict)
-    return actor, critic, fill_module(return_rms, policy["return_rms"], path, "return_rms")
-
-
-def read_training_state(path):
-    """The path of a checkpoint, which may be named by its run folder, and the training state in it."""
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    state = read_file(path)
-    if "policy" not in state:
-        fail(f"{path}: a policy file, not a training state; --resume takes a run folder or its checkpoint.pt")
-    check_fields(state, path, script=str, policy=dict, optimizer=dict, generator=torch.Tensor, args=dict, progress=dict)
-    if state["script"] != SCRIPT:
-        fail(f"{path}: field script: a training state of {state['script']}; resume it with that script")
-    for name in sorted(state["args"].keys() ^ {field.name for field in dataclasses.fields(Args)}, key=str):
-        fail(f"{path}: field args.{name} is {'unexpected' if name in state['args'] else 'missing'}")
-    for field in dataclasses.fields(Args):  # an int; or a union, `int | None`; or a Literal, whose values are texts
-        value, allowed = state["args"][field.name], get_args(field.type) or (field.type,)
-        if type(value) not in allowed and not (type(value) is str and value in allowed):
-            fail(f"{path}: field args.{field.name}: a {type(value).__name__} that the flag could not be")
-    check_fields(state["args"], path, env_id=str)
-    progress, point = state["progress"], [int, float, float]  # of the curve: step, mean, standard deviation
-    check_fields(progress, path, global_step=int, train_seconds=float, wall_seconds=float)
-    check_fields(progress, path, last_returns=list, eval_curve=list)
-    valid = dict(global_step=progress["global_step"] >= 0)
-    valid |= dict(last_returns=all(type(value) is float for value in progress["last_returns"]))
-    valid |= dict(eval_curve=all(type(p) is list and [*map(type, p)] == point for p in progress["eval_curve"]))
-    for field in (field for field, is_valid in valid.items() if not is_valid):
-        fail(f"{path}: field progress.{field}: nothing that a run could have written")
-    return path, state
-
-
-def load_optimizer(optimizer, state, path):
-    """Give Adam the momenta of a training state, which has none before the first step."""
-    momenta = {}
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"] if state["progress"]["global_step"] else []):
-        momenta[i] = state["optimizer"].get(i)
-        expected = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-        check_tensors(momenta[i], expected, path, f"optimizer.{i}")
-    optimizer.load_state_dict(optimizer.state_dict() | dict(state=momenta))
-
-
-def check_save_path(args, path, teacher=None):
-    """Refuse a path for the policy that cannot be written, or where that would cost the user a file."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(path):
-        fail(f"--save-path {path}: {'is a folder' if os.path.isdir(path) else f'{folder} is no writable folder'}")
-    if args.save_path and os.path.exists(path) and os.path.exists(teacher or "") and os.path.samefile(path, teacher):
-        fail(f"--save-path {path}: the teacher's own file; name another")
-    if args.save_path and os.path.lexists(path) and not args.overwrite:
-        policy = read_file(path) if args.resume else {}  # what a resumed run wrote itself it may write again
-        written_by = policy["args"] if type(policy.get("args")) is dict else {}
-        if any(written_by.get(name) != value for name, value in vars(args).items() if name not in RUNTIME_FLAGS):
-            fail(f"--save-path {path}: exists; name another, or replace it with --overwrite")
-
-
-def make_run_folder(args):
-    """A new folder runs/{env_id}__{exp_name}__{seed}__{unix time}, with a suffix where that exists."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    name = "runs/" + "".join("-" if character in "/\\:" else character for character in name)
-    for suffix in itertools.count():
-        try:
-            folder = f"{name}-{suffix}" if suffix else name
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            pass
-
-
-def plain(module):
-    """A module's state dict, as tensors of their own on the CPU."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
-
-
-@functools.cache
-def versions():
-    """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-class Signals:
-    """Remembers signals until the loop asks. SIGINT (Ctrl-C) and SIGTERM: save and exit; a second one quits at once.
-    SIGUSR1: save and go on."""
-
-    def __init__(self):
-        self.stop, self.save = None, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if number == signal.SIGUSR1:
-            self.save = True
-        else:
-            self.stop = number
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-# --- MATH ---
-
-
-def compute_advantages(rewards, values, next_values, ended, gamma, gae_lambda):
-    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), all of shape (num_steps, num_envs).
-
-    values: V(s_t). next_values: V(s_t+1) of the true successor, the last observation of an episode that was truncated,
-    and 0 where it terminated. ended: bool, an episode ended with step t, so later steps do not count.
-    A_t = δ_t + γ λ (1 - ended_t) A_t+1 with δ_t = r_t + γ V(s_t+1) - V(s_t)."""
-    deltas = rewards + gamma * next_values - values
-    decay = gamma * gae_lambda * (~ended).to(rewards.dtype)
-    advantages = torch.empty_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    rewards, values, dones: (num_steps, num_envs) float32; dones is 1 where an episode ended with the step. next_value:
+    (num_envs,), the value of the observations after the last step. Returns advantages, (num_steps, num_envs)."""
+    next_values = torch.cat([values[1:], next_value[None]])
+    deltas = rewards + gamma * next_values * (1 - dones) - values
+    advantages = torch.zeros_like(rewards)
+    advantage = 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantage
     return advantages
 
 
-def categorical_logprob(actions, logits):
-    """log π(a|s): actions (…,) int64, logits (…, action_dim) to (…)."""
-    return torch.log_softmax(logits, -1).gather(-1, actions[..., None]).squeeze(-1)
-
-
-def categorical_entropy(logits):
-    """Entropy of the policy in nats: (…, action_dim) to (…)."""
-    logprobs = torch.log_softmax(logits, -1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def ppo_loss(logratio, advantages, clip_coef, norm_adv):
-    """The clipped surrogate objective (arXiv 1707.06347, eq. 7) as a loss: -mean min(ρ Â, clip(ρ, 1-ε, 1+ε) Â).
+    """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
 
-    logratio: log ρ = log π_θ(a|s) - log π_θk(a|s), (n,). advantages: (n,), normalized here if norm_adv."""
+    logratio: log ρ (n,); advantages: (n,), normalized here if norm_adv."""
     if norm_adv and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
-    return -torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
-def categorical_kl(logits_p, logits_q):
-    """KL(p ‖ q) of categorical distributions in nats: logits (n, action_dim) to (n,)."""
-    logp, logq = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+def categorical_kl(p, q):
+    """KL(p ‖ q) in each state, (n,). torch's own is infinite where a probability underflows."""
+    return (p.probs * (p.logits - q.logits)).sum(-1)
 
 
-def categorical_teacher_kl(teacher_logits, student_logits, direction):
-    """The KL of every state, (n,). "forward": KL(teacher ‖ student), which covers all that the teacher does; "reverse":
-    KL(student ‖ teacher), which settles on a part of it."""
-    forward = direction == "forward"
-    return categorical_kl(teacher_logits, student_logits) if forward else categorical_kl(student_logits, teacher_logits)
+def distill_loss(logratio, kl, clip_coef):  # PPD: its loss
+    """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors.
 
-
-def distillation_loss(logratio, kl, clip_coef):
-    """PPD's term: mean KL · max(ρ, 1-ε), which pulls towards the teacher with at least 1-ε of its force, however rare
-    the action has become. Gradients flow through both. logratio, kl: (n,)."""
-    return (torch.clamp(logratio.exp(), min=1 - clip_coef) * kl).mean()
-
-
-def ratio_metrics(logratio, clip_coef):
-    """For the log: approximate KL(π_θk ‖ π_θ) (Schulman's k3 estimator) and the fraction of clipped ratios."""
-    ratio = logratio.exp()
-    return (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
-
-
-# --- EVALUATION ---
-
-
-@torch.no_grad()
-def evaluate(choose, make_envs, args, device, on_step=lambda: None):
-    """The returns of args.eval_episodes full episodes of args.env_id, a list of floats. choose: the actions for
-    observations on `device` as the environments give them, such as an actor's `mode`. make_envs: makes environments of
-    id, number and threads, such as their class. on_step: called before every step.
-
-    Every environment plays a quota fixed beforehand: among the first to end, short episodes would be too many. Seeds
-    are evaluation's own, and nothing of training's randomness is used."""
-    num_envs = min(args.eval_episodes, 25)
-    quotas = [args.eval_episodes // num_envs + (i < args.eval_episodes % num_envs) for i in range(num_envs)]
-    envs = make_envs(args.env_id, num_envs, args.env_threads)
-    obs = envs.reset(derive_seeds(args.seed, "evaluation", num_envs))
-    torch_threads = torch.get_num_threads()
-    if obs.dtype != np.uint8:  # small networks: waiting threads of torch would take the cores from the environments
-        torch.set_num_threads(1)
-    returns = [[] for _ in range(num_envs)]
-    while (active := np.array([len(done) < quota for done, quota in zip(returns, quotas, strict=True)])).any():
-        on_step()
-        chosen = choose(torch.from_numpy(obs[active]).to(device)).cpu().numpy()
-        actions = np.zeros((num_envs, *chosen.shape[1:]), chosen.dtype)  # what a finished environment does is ignored
-        actions[active] = chosen
-        obs, _, _, _, _, finished = envs.step(actions, active)
-        for i, episode_return, _ in finished:
-            returns[i].append(episode_return)
-    envs.close()
-    torch.set_num_threads(torch_threads)
-    return [episode_return for done in returns for episode_return in done]
-
-
-@torch.no_grad()
-def add_noise(module, std, generator):
-    """A copy of a teacher, with N(0, std²) added to every parameter but not to its statistics (paper, Table 2)."""
-    module = copy.deepcopy(module)
-    for parameter in module.parameters():
-        parameter += std * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def summarize(returns):
-    """Mean, standard deviation, number and list of episodic returns, for result.json."""
-    return dict(mean=float(np.mean(returns)), std=float(np.std(returns)), episodes=len(returns), returns=returns)
-
-
-def make_sampler(actor, seed):
-    """Stochastic actions for `evaluate`: samples of a categorical policy, with a random stream of their own."""
-    generator = torch.Generator().manual_seed(derive_seeds(seed, "evaluation's actions", 1)[0])
-
-    def sample(obs):
-        logits = actor(obs)
-        gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
-        return (logits + gumbel).argmax(-1)
-
-    return sample
-
-
-def evaluate_levels(actor, args, device, on_step):
-    """A policy's scores on Procgen, with stochastic actions: on unseen levels ("test") and on those of training
-    ("train"), args.eval_episodes each, and how much worse it is on the unseen ones ("gap")."""
-    scores = {}
-    for name, make_envs in (("test", procgen_maker(args, unseen=True)), ("train", procgen_maker(args))):
-        scores[name] = summarize(evaluate(make_sampler(actor, args.seed), make_envs, args, device, on_step))
-    return scores | dict(gap=scores["train"]["mean"] - scores["test"]["mean"])
-
-
-def compute_ratios(scores, measure="mean"):
-    """Student / teacher of one measure of their scores, for result.json; None, with a reason, where the teacher's is
-    not positive, or there is none."""
-    ratios = {}
-    for ratio, teacher in (("ratio", "teacher"), ("ratio_original", "original_teacher")):
-        if "student" in scores and teacher in scores:
-            ours, theirs = scores["student"][measure], scores[teacher][measure]
-            ratios[ratio] = ours / theirs if theirs is not None and theirs > 0 else None
-            if ratios[ratio] is None:
-                measured = f"{teacher.replace('_', ' ')}'s {measure.replace('_', '-')} score"
-                ratios[f"{ratio}_reason"] = f"the {measured} is {'unknown' if theirs is None else 'not positive'}"
-    return ratios
-
-
-def compute_level_ratios(scores):
-    """The same for Procgen: each ratio is a dict, for unseen levels ("test") and for those of training ("train")."""
-    ratios = {}
-    for levels in ("test", "train"):
-        for name, ratio in compute_ratios({name: score[levels] for name, score in scores.items()}).items():
-            ratios.setdefault(name, {})[levels] = ratio
-    return ratios
-
-
-def describe_ratio(ratio, reason):
-    """A ratio of result.json in words; reason: why there is none."""
-    if type(ratio) is dict:
-        unseen, trained_on = (describe_ratio(ratio[levels], (reason or {}).get(levels)) for levels in ("test", "train"))
-        return f"{unseen} on unseen levels, {trained_on} on those of training"
-    return f"none, {reason}" if ratio is None else f"{ratio:.3f}"
-
-
-def describe_score(score):
-    """A score of result.json in words."""
-    text = "{mean:.1f} ± {std:.1f} over {episodes} episodes".format(**score.get("test", score))
-    if "test" in score:
-        text += " on unseen levels, {mean:.1f} ± {std:.1f} on those of training".format(**score["train"])
-        return f"{text}, gap {score['gap']:.1f}"
-    human = score.get("human_normalized")
-    return text if human is None else f"{text}, human-normalized {human:.3f}"
+    logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
+    return (kl * logratio.exp().clamp(min=1 - clip_coef)).mean()
 
 
 def main(args):
-    # SETUP: whatever can be wrong is found before anything is created
-    resumed, run_folder, last_step = None, None, args.total_timesteps
-    if args.resume:
-        checkpoint_path, resumed = read_training_state(args.resume)
-        run_folder = os.path.dirname(checkpoint_path) or "."
-        args = dataclasses.replace(args, total_timesteps=last_step or resumed["args"]["total_timesteps"])
-        check_fields(resumed, checkpoint_path, teacher=dict, teacher_sha256=str)
-        teacher, teacher_path, teacher_sha256 = resumed["teacher"], checkpoint_path, resumed["teacher_sha256"]
-    elif args.teacher:
-        teacher, teacher_path = read_file(args.teacher), args.teacher
-        with open(args.teacher, "rb") as file:
-            teacher_sha256 = hashlib.sha256(file.read()).hexdigest()
-    else:
-        fail("--teacher is missing: name a policy file, as train_teacher.py writes it")
-    has_student = last_step > 0 or resumed and resumed["progress"]["global_step"] > 0  # else a teacher is evaluated
-    save_path = args.save_path or os.path.join(run_folder or "runs", "student.pt")
-    if has_student:
-        check_save_path(args, save_path, args.teacher)
-    if args.env_id is None:
-        check_policy(teacher, teacher_path)
-        args = dataclasses.replace(args, env_id=teacher["env_id"])
-    args = dataclasses.replace(args, env_id=procgen_game(args.env_id))
-    check_numbers(args)
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    make_envs = procgen_maker(args)
-    probe = make_envs(args.env_id, 1)
-    obs_shape, action_dim = probe.obs_shape, probe.action_dim
+    # SETUP
+    wanted = "a teacher for Procgen: see teachers/coinrun.pt, train_teacher.py, teachers/import_sb3.py"
+    teacher = load("--teacher", args.teacher, wanted, format=1, suite="procgen")  # PPD: its policy file
+    network = teacher["network"]
+    state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    batch_size = args.num_envs * args.num_steps
+    if args.minibatch_size > batch_size or args.eval_episodes < 1:
+        sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
+    probe = make_envs(args, 1)
     probe.close()
-    Cnn.amp = args.amp
-    expected = SUITE, obs_shape, action_dim
-    teacher_actor, _, _ = load_policy(teacher, teacher_path, *expected)
-    teacher_actor.requires_grad_(False)
-    if teacher["env_id"] != args.env_id:
-        print(f"warning: the teacher was trained on {teacher['env_id']}, not on {args.env_id}", file=sys.stderr)
-    for name in ("num_levels", "start_level", "distribution_mode"):
-        theirs = teacher["args"].get(name, getattr(args, name))
-        if theirs != getattr(args, name):
-            flag = f"--{name.replace('_', '-')}"
-            print(f"warning: the teacher was trained with {flag} {theirs}, not {getattr(args, name)}", file=sys.stderr)
+    spaces, teacher_spaces = [[*probe.obs_shape], probe.action_dim], [network["obs_shape"], network["action_dim"]]
+    if spaces != teacher_spaces:
+        sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda":  # on the CPU all that is used here is deterministic anyway
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
+    Cnn.amp = args.amp
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
-    generator = torch.Generator().manual_seed(derive_seeds(args.seed, "training", 1)[0])  # on the CPU, for any device
-    progress = dict(global_step=0, train_seconds=0.0, wall_seconds=0.0, last_returns=[], eval_curve=[])
-    if resumed:
-        actor, critic, return_rms = load_policy(resumed["policy"], checkpoint_path, *expected)
-        network = resumed["policy"]["network"]
-        return_rms, progress = return_rms or RunningMeanStd(), resumed["progress"]
-    else:
-        network = dict(teacher["network"])
-        if args.student_size != "same":
-            kind, widths = SIZES[args.student_size]
-            network |= dict(kind=kind, activation="relu", actor_hidden=widths, critic_hidden=widths)
-        (actor, critic), return_rms = make_networks(network, generator), RunningMeanStd()
-    original_teacher_actor = teacher_actor
-    if args.teacher_noise:
-        noise_generator = torch.Generator().manual_seed(derive_seeds(args.seed, "teacher noise", 1)[0])
-        teacher_actor = add_noise(teacher_actor, args.teacher_noise, noise_generator)
-    for module in (original_teacher_actor, teacher_actor, actor, critic):
+    teacher_actor, original_teacher = CnnActor(network), CnnActor(network)  # PPD: the teacher
+    for module in (teacher_actor, original_teacher):
+        module.load_state_dict(teacher["actor"])
+        module.requires_grad_(False)
+    noise_generator = torch.Generator().manual_seed(args.seed)
+    for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
+        parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
+    if args.student_size != "same":
+        kind, hidden = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}[
+            args.student_size
+        ]
+        network = {**network, "kind": kind, "actor_hidden": hidden, "critic_hidden": hidden}
+    actor, critic, return_rms = CnnActor(network), CnnCritic(network), RunningMeanStd()
+    for module in (teacher_actor, original_teacher, actor, critic):
         module.to(device)
+    if args.compile:
+        actor.compile()
+        critic.compile()
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    if resumed:
-        load_optimizer(optimizer, resumed, checkpoint_path)
-        try:
-            generator.set_state(resumed["generator"])
-        except (RuntimeError, TypeError):
-            fail(f"{checkpoint_path}: field generator: not the state of torch's generator")
-    if args.compile:
-        actor.compile()  # in place: the names of the parameters, and so the files, stay as they are
-        critic.compile()
+    trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve = 0, 0.0, []
+    if state:
+        for name, part in trained.items():
+            part.load_state_dict(state[name])
+        optimizer.param_groups[0]["lr"] = args.learning_rate
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
-    run_folder = run_folder or make_run_folder(args)
-    save_path = args.save_path or os.path.join(run_folder, "student.pt")
-    if has_student:
-        os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
     if args.track:
-        wandb.init(project=args.wandb_project_name, name=run_folder, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=progress["global_step"] + 1 if resumed else None)
-    table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + table)
-    print(f"run folder: {run_folder} (device: {device})")
-    signals, start_time = Signals(), time.time() - progress["wall_seconds"]
+        import wandb
 
-    def make_policy():
-        policy = dict(format=FORMAT, suite=SUITE, env_id=args.env_id, network=network, actor=plain(actor))
-        policy |= dict(critic=plain(critic), return_rms=plain(return_rms), global_step=progress["global_step"])
-        return policy | dict(args=dataclasses.asdict(args), versions=versions())
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
+    writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
+    print(f"run folder: {run_folder}")
 
-    def make_training_state():
-        progress["wall_seconds"] = time.time() - start_time
-        state = dict(format=FORMAT, script=SCRIPT, args=dataclasses.asdict(args))
-        state |= dict(policy=make_policy(), generator=generator.get_state(), teacher=teacher)
-        state |= copy.deepcopy(dict(optimizer=optimizer.state_dict()["state"], progress=progress))
-        return state | dict(teacher_sha256=teacher_sha256)
-
-    def save_training_state():
-        writer.flush()  # the curves on disk reach as far as the state, or further
-        save_atomically(os.path.join(run_folder, "checkpoint.pt"), lambda file: torch.save(state, file))
-
-    def stop_on_signal():
-        if signals.stop:
-            if state["progress"]["global_step"] > saved_step or not resumed:  # else it is what the file holds
-                save_training_state()
-            bar.close()
-            writer.close()
-            print(f"stopped at step {state['progress']['global_step']}; go on with:", file=sys.stderr)
-            print(f"  python {SCRIPT} --resume {run_folder}", file=sys.stderr)
-            raise SystemExit(128 + signals.stop)
-
-    # TRAINING
-    T, N, A = args.num_steps, args.num_envs, action_dim
-    obs_b = torch.zeros((T, N, *obs_shape), dtype=torch.uint8, device=device)
-    actions_b, logits_b = torch.zeros((T, N), dtype=torch.int64, device=device), torch.zeros((T, N, A), device=device)
-    rewards_b, return_vars_b = torch.zeros((T, N), dtype=torch.float64), torch.zeros((T, 1), dtype=torch.float64)
-    ended_b = torch.zeros((T, N), dtype=torch.bool)
-    start_step = saved_step = global_step = progress["global_step"]
-    state = make_training_state()  # that of the iteration's start: what a signal in the midst of it saves
-    envs = make_envs(args.env_id, N, args.env_threads)
-    running_return = torch.zeros(N, dtype=torch.float64)  # of the episodes under way, discounted by 0.99 for any gamma
-    pace = dict(mininterval=0.5 if sys.stderr.isatty() else 30, disable=global_step >= last_step)
-    bar = tqdm(total=math.ceil(last_step / (T * N)) * T * N, initial=global_step, unit="step", **pace)
+    envs = make_envs(args, args.num_envs)
+    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), dtype=torch.uint8, device=device)
+    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
+    student_logits = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
+    rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
+    running_return = torch.zeros(args.num_envs, dtype=torch.float64)
+    num_eval_envs = min(args.num_envs, args.eval_episodes)
+    lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end  # PPD: default
+    episodes = deque(maxlen=100)  # return and length
+    last_save = 0.0
+    bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
     try:
-        obs = torch.from_numpy(envs.reset(derive_seeds(args.seed, "environments", N, global_step))).to(device)
-        while global_step < last_step:
-            iteration_start = time.time()
+        raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
+        next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
+        while global_step < args.total_timesteps:
+            start_time = time.time()
 
-            # COLLECT: only the actor runs; values and log-probabilities of the rollout follow in batches
-            gumbel = -torch.empty((T, N, A)).exponential_(generator=generator).log().to(device)
-            returns_b, lengths_b = [], []  # of the episodes that end in this rollout
-            for step in range(T):
-                stop_on_signal()
-                with torch.no_grad():
-                    logits = actor(obs)
-                    action = (logits + gumbel[step]).argmax(-1)  # a sample of the logits' softmax
-                obs_b[step], actions_b[step], logits_b[step] = obs, action, logits
-                obs, reward, ended, _, _, finished = envs.step(action.cpu().numpy())
-                global_step += N
-                obs = torch.from_numpy(obs).to(device)
-                ended_b[step], rewards_b[step] = torch.from_numpy(ended), torch.from_numpy(reward)
-                running_return = running_return * 0.99 + rewards_b[step]
-                return_rms.update(running_return)
-                running_return[ended_b[step]] = 0
-                return_vars_b[step] = return_rms.var
-                for _, episode_return, episode_length in finished:
-                    returns_b.append(episode_return)
-                    lengths_b.append(episode_length)
+            # COLLECT: the student acts
+            with torch.no_grad():
+                for step in range(args.num_steps):
+                    obs[step], student_logits[step] = next_obs, actor(next_obs)
+                    actions[step] = actor.policy(student_logits[step]).sample()
+                    raw_obs, reward, terminated, _, finished = envs.step(actions[step].cpu().numpy())
+                    next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
+                    reward, dones[step] = torch.as_tensor(reward), torch.as_tensor(terminated)
+                    running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
+                    return_rms.update(running_return)
+                    running_return *= 1 - dones[step]
+                    rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                    episodes.extend(finished.values())
+            global_step += batch_size
 
             # ADVANTAGE
+            b_obs, b_actions, b_logits = obs.flatten(0, 1), actions.flatten(0, 1), student_logits.flatten(0, 1)
             with torch.no_grad():
-                logprobs = categorical_logprob(actions_b, logits_b)
-                batches = obs_b.flatten(0, 1).split(args.minibatch_size)  # a whole rollout of pixels is too much
-                values = torch.cat([critic(batch) for batch in batches]).view(T, N)
-                next_values = torch.cat([values[1:], critic(obs)[None]])
-                rewards = torch.clamp(rewards_b / torch.sqrt(return_vars_b + 1e-8), -10, 10).float().to(device)
-                ended = ended_b.to(device)
-                next_values[ended] = 0
-                advantages = compute_advantages(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-                returns = advantages + values
-                teacher_logits = torch.cat([teacher_actor(batch) for batch in batches])
-                distill_kl = categorical_teacher_kl(teacher_logits, logits_b.flatten(0, 1), args.kl).mean()
-            fraction = min(global_step / args.total_timesteps, 1)
-            lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end
-            distill_lambda = args.distill_lambda + fraction * (lambda_end - args.distill_lambda)
+                chunks = b_obs.split(args.minibatch_size)
+                b_values = torch.cat([critic(chunk) for chunk in chunks])
+                b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
+                b_logprobs = actor.policy(b_logits).log_prob(b_actions)
+                rollout = rewards.to(device), b_values.view_as(rewards), critic(next_obs), dones.to(device)
+                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+            b_returns = b_advantages + b_values
 
             # UPDATE
-            b_obs, b_actions, b_logprobs = obs_b.flatten(0, 1), actions_b.flatten(0, 1), logprobs.flatten()
-            b_advantages, b_returns = advantages.flatten(), returns.flatten()
-            metrics = []
+            progress = min(global_step / args.total_timesteps, 1)
+            distill_lambda = args.distill_lambda + progress * (lambda_end - args.distill_lambda)  # PPD: λ
+            metrics = defaultdict(list)
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(T * N, generator=generator).to(device).split(args.minibatch_size):
-                    stop_on_signal()
-                    mb_obs = b_obs[mb]
-                    logits = actor(mb_obs)
-                    logratio = categorical_logprob(b_actions[mb], logits) - b_logprobs[mb]
+                for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
+                    student_policy = actor.policy(actor(b_obs[mb]))
+                    teacher_policy = teacher_actor.policy(b_teacher_logits[mb])  # PPD: in the same states
+                    if args.kl == "forward":  # PPD: the paper's KL
+                        kl = categorical_kl(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
+                    else:  # PPD: an option of the paper's library
+                        kl = categorical_kl(student_policy, teacher_policy)  # PPD: KL(student ‖ teacher), (n,)
+                    logratio = student_policy.log_prob(b_actions[mb]) - b_logprobs[mb]
+
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
-                    entropy = categorical_entropy(logits).mean()
-                    actor_loss = pg_loss - args.ent_coef * entropy
-                    if distill_lambda:
-                        kl = categorical_teacher_kl(teacher_logits[mb], logits, args.kl)
-                        actor_loss = actor_loss + distill_lambda * distillation_loss(logratio, kl, args.clip_coef)
+                    kl_loss = distill_loss(logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
+                    entropy = student_policy.entropy().mean()
+                    v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
+                    loss = pg_loss + distill_lambda * kl_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # PPD:
+
                     optimizer.zero_grad()
-                    actor_loss.backward()  # one network after the other: less memory
-                    v_loss = nn.functional.mse_loss(critic(mb_obs), b_returns[mb])
-                    (args.vf_coef * v_loss).backward()
-                    if not nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).isfinite():
-                        raise FloatingPointError("loss or gradient")
+                    loss.backward()
+                    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-                    losses = pg_loss.detach(), v_loss.detach(), entropy.detach()
-                    metrics.append(torch.stack([*losses, *ratio_metrics(logratio.detach(), args.clip_coef)]))
-            progress["global_step"] = global_step
-            progress["last_returns"] = [*progress["last_returns"], *returns_b][-100:]
-            progress["train_seconds"] += time.time() - iteration_start
+
+                    terms = {
+                        "policy_loss": pg_loss,
+                        "value_loss": v_loss,
+                        "entropy": entropy,
+                        "distill_kl": kl.mean(),  # PPD: in the log
+                        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
+                        "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                        "grad_norm": grad_norm,
+                    }
+                    for name, term in terms.items():
+                        metrics[name].append(term.detach())
+            train_seconds += time.time() - start_time
 
             # LOG
-            names = ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
-            logged = dict(zip(names, torch.stack(metrics).mean(0).tolist(), strict=True))
-            logged["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
-            logged |= {"losses/distill_kl": distill_kl.item(), "charts/distill_lambda": distill_lambda}
-            logged["charts/SPS"] = int(global_step / progress["train_seconds"])
-            if returns_b:
-                logged |= {"charts/episodic_return": np.mean(returns_b), "charts/episodic_length": np.mean(lengths_b)}
-            for name, value in logged.items():
+            logs = {f"losses/{name}": torch.stack(terms).mean().item() for name, terms in metrics.items()}
+            if not all(map(math.isfinite, logs.values())):
+                sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
+            logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
+            logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
+            logs["charts/SPS"] = global_step / train_seconds
+            if episodes:
+                logs["charts/episodic_return"], logs["charts/episodic_length"] = np.mean(episodes, axis=0)
+            if args.eval_interval and global_step % args.eval_interval < batch_size:
+                eval_envs = make_envs(args, num_eval_envs, unseen=True)
+                score = evaluate(actor, eval_envs, args, device, deterministic=False)
+                eval_curve.append([global_step, score["mean"], score["std"]])
+                logs["charts/eval_return"] = score["mean"]
+            for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            bar.update(T * N)
-            mean_return = np.mean(progress["last_returns"] or [math.nan])
-            bar.set_postfix_str(f"return {mean_return:.1f}, KL to teacher {distill_kl:.4f}", refresh=False)
-            if args.eval_interval and global_step % args.eval_interval < T * N:
-                choose, make_unseen_envs = make_sampler(actor, args.seed), procgen_maker(args, unseen=True)
-                evaluated = summarize(evaluate(choose, make_unseen_envs, args, device, stop_on_signal))
-                progress["eval_curve"].append([global_step, evaluated["mean"], evaluated["std"]])
-                writer.add_scalar("charts/eval_return", evaluated["mean"], global_step)
-            state = make_training_state()
+            mean_return = logs.get("charts/episodic_return", math.nan)
+            bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
+            bar.update(batch_size)
 
             # SAVE
-            if global_step >= min(saved_step + args.checkpoint_interval, last_step) or signals.save:
-                signals.save = False
-                save_training_state()
-                saved_step = global_step
+            if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
+                state = {name: part.state_dict() for name, part in trained.items()}
+                state.update(script=SCRIPT, args=dataclasses.asdict(args), global_step=global_step)
+                state.update(train_seconds=train_seconds, eval_curve=eval_curve)
+                state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                save(f"{run_folder}/checkpoint.pt", state)
+                last_save = time.time()
 
         # RESULT
-        policy, scores, trained = make_policy(), {}, global_step > start_step or not resumed
-        actors = dict(teacher=teacher_actor)
+        bar.close()
+        scored_actors = {"teacher": original_teacher, "student": actor}
         if args.teacher_noise:
-            actors["original_teacher"] = original_teacher_actor
-        if has_student:
-            actors["student"] = actor
-            kept = not trained and os.path.exists(save_path) and read_file(save_path).get("global_step") == global_step
-            if not kept:
-                save_atomically(save_path, lambda file: torch.save(policy, file))
-        if args.eval_episodes:
-            print(f"evaluating {args.eval_episodes} episodes of each: {', '.join(actors)}")
-            for name, each in actors.items():
-                scores[name] = evaluate_levels(each, args, device, stop_on_signal)
-        if "student" in scores:
-            policy["score"] = scores["student"]
-            save_atomically(save_path, lambda file: torch.save(policy, file))
-    except FloatingPointError as error:
-        raise SystemExit(f"{SCRIPT}: error: non-finite {error} at step {global_step}") from None
+            scored_actors["corrupted_teacher"] = teacher_actor
+        scores, ratio = {}, {}
+        for name, scored_actor in scored_actors.items():
+            scores[name] = {}
+            for levels in ("test", "train"):
+                eval_envs = make_envs(args, num_eval_envs, unseen=levels == "test")
+                score = scores[name][levels] = evaluate(scored_actor, eval_envs, args, device, deterministic=False)
+                print(
+                    f"{name}, {levels} levels: {score['mean']:.2f} ± {score['std']:.2f}, {args.eval_episodes} episodes"
+                )
+        for levels in ("test", "train"):
+            teacher_return, student_return = scores["teacher"][levels]["mean"], scores["student"][levels]["mean"]
+            ratio[levels] = student_return / teacher_return if teacher_return > 0 else None
+            print(f"student / teacher, {levels} levels: {ratio[levels] and round(ratio[levels], 3)}")
+        writer.add_scalar("charts/teacher_return", scores["teacher"]["test"]["mean"], global_step)
+        writer.add_scalar("charts/eval_return", scores["student"]["test"]["mean"], global_step)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=dataclasses.asdict(args), versions=versions)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        policy = {name: trained[name].state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite="procgen", network=network, score=scores["student"], **facts)
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        print(f"saved {save_path} and {run_folder}/result.json")
+    except KeyboardInterrupt:
+        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
     finally:
         bar.close()
         envs.close()
         writer.close()
-    result = dict(script=SCRIPT, suite=SUITE, env_id=args.env_id, seed=args.seed, student_size=args.student_size)
-    result |= dict(global_step=global_step, sps=round(global_step / max(progress["train_seconds"], 1e-9)))
-    result |= dict(wall_seconds=time.time() - start_time, **scores, **compute_level_ratios(scores))
-    result |= dict(teacher_sha256=teacher_sha256, eval_curve=progress["eval_curve"])
-    result |= dict(args=dataclasses.asdict(args), versions=versions())
-    report = json.dumps(result, indent=2).encode()
-    if trained or scores:
-        save_atomically(os.path.join(run_folder, "result.json"), lambda file: file.write(report))
-    for name, score in scores.items():
-        print(f"{name.replace('_', ' ')}: {describe_score(score)}")
-    for name, teacher_name in (("ratio", "teacher"), ("ratio_original", "original teacher")):
-        if name in result:
-            print(f"student / {teacher_name}: {describe_ratio(result[name], result.get(f'{name}_reason'))}")
-    if has_student:
-        print(f"the student is {save_path}; look at the curves:\n  tensorboard --logdir {run_folder}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is treated as Ctrl-C
+    args = tyro.cli(Args)
+    if args.resume:  # the saved arguments are the defaults
+        saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
+        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+    main(args)

@@ -1,14 +1,14 @@
 """Steps per second of the paper's own library, sb3_distill, and of stable-baselines3's PPO, with the paper's settings.
 
-    git clone https://github.com/spiglerg/sb3_distill ../sb3_distill
-    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --student-size larger
-    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method ppo
-    python benchmark/rival.py ../sb3_distill --env-id BreakoutNoFrameskip-v4 --student-size smaller
-    python benchmark/rival.py ../sb3_distill --env-id Hopper-v4 --method student-distill
+    git clone https://github.com/spiglerg/sb3_distill runs/sb3_distill
+    python benchmark/rival.py runs/sb3_distill --env-id Hopper-v4 --student-size larger
+    python benchmark/rival.py runs/sb3_distill --env-id Hopper-v4 --method ppo
+    python benchmark/rival.py runs/sb3_distill --env-id Hopper-v4 --method student-distill
+    python benchmark/rival.py runs/sb3_distill --env-id BreakoutNoFrameskip-v4 --student-size smaller
 
-MuJoCo and Atari, in the packages of tests/requirements.txt. What distills has an untrained teacher of the paper's size;
-`ppo` is the teacher's own training. The time runs from the end of the warm-up's last update, which is not counted, to
-that of the last one. The last words are "steps/s X", as speed.py wants them of its --rival.
+It measures MuJoCo and Atari, and needs the packages of tests/requirements.txt. The teacher is an untrained network of
+the paper's size; with `--method ppo` there is none. The first rollouts are warm-up and are not counted. It prints
+"steps/s X" at its end, as benchmark/speed.py expects of a rival.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 from torch import nn
 
-gymnasium.register_envs(ale_py)  # at import, so that the processes of SubprocVecEnv know the games, too
+gymnasium.register_envs(ale_py)  # at import: the processes of SubprocVecEnv need the games, too
 
 NUM_ENVS = 18
 HIDDEN = {"smaller": [128, 64], "same": [256, 256], "larger": [512, 512]}
@@ -46,7 +46,7 @@ class SmallerCnn(BaseFeaturesExtractor):
 
 
 class Clock(BaseCallback):
-    """Notes when every rollout begins."""
+    """Note when each rollout begins."""
 
     def __init__(self):
         super().__init__()

@@ -1,24 +1,42 @@
-"""The scripts are imported from the repository's root; torch has one thread; no test leaves its signal handlers."""
+"""The scripts are imported from the repository's root, and one core is used: results do not depend on the machine."""
 
-import importlib
+import multiprocessing
+import os
 import pathlib
 import signal
 import sys
 
-import pytest
-import torch
+TESTS = pathlib.Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))
+os.environ["OMP_NUM_THREADS"] = "1"  # also for processes
+os.environ["PYTHONPATH"] = str(TESTS)  # so that they find `--env-id envs:Scripted-v0`
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from ale_py.vector_env import AtariVectorEnv  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
+
 torch.set_num_threads(1)
+original_init = AtariVectorEnv.__init__
+
+
+def short_init(envs, *arguments, **options):
+    """Games of 30 steps, so that some are cut off in a small run and none takes minutes."""
+    original_init(envs, *arguments, **{**options, "max_num_frames_per_episode": 120})
 
 
 @pytest.fixture(autouse=True)
-def restore_signal_handlers():
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    handlers = [signal.getsignal(number) for number in numbers]
+def clean_state(monkeypatch):
+    """No test leaves its signal handlers or its start method of processes to the next."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    method = multiprocessing.get_start_method(allow_none=True)
+    # TensorBoard reads event files in the order of their names, which end in a counter, as text
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
+    monkeypatch.setattr(AtariVectorEnv, "__init__", short_init)
     yield
-    for number, handler in zip(numbers, handlers, strict=True):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    multiprocessing.set_start_method(method, force=True)
 
 
 @pytest.fixture
@@ -26,9 +44,3 @@ def folder(tmp_path, monkeypatch):
     """A temporary working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(params=["train_teacher", "ppd_continuous"])
-def script(request):
-    """Each script as a module, for what stands in all of them."""
-    return importlib.import_module(request.param)
