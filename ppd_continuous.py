@@ -8,10 +8,11 @@ The student learns by PPO from its own rollouts and rewards, and is drawn to the
 
     maximize E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
 
-Lines that are not plain PPO are marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from
-CleanRL's: episodes cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning
-rate is constant, and log-probabilities and values are computed after the rollout. The teacher's frozen statistics scale
-observations and rewards; for rewards, that is our reading of the paper.
+What is not plain PPO is marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from CleanRL's:
+episodes cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning rate is
+constant, and log-probabilities and values are computed after the rollout. Observations and rewards are scaled by the
+teacher's statistics, which stay fixed. For rewards that is our reading of the paper; where a teacher has no reward
+statistics, they are the student's, and move.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class Args:
     student_size: Literal["smaller", "same", "larger"] = "same"
     """smaller: 128 and 64 hidden units, larger: 512 and 512, both with ReLU; same: the teacher's network"""
     distill_lambda: float = 1.0
-    """weight λ of the distillation loss; 0 is plain PPO"""
+    """weight λ of the distillation loss; 0: plain PPO, with the teacher's statistics"""
     distill_lambda_end: float | None = None
     """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
@@ -138,6 +139,7 @@ class ContinuousEnvs:
 
     def __init__(self, env_id, num_envs, num_shares=None):
         self.num_envs, self.pipes, self.workers = num_envs, [], []
+        self.global_states = random.getstate(), np.random.get_state()
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
         self.envs = [make_env(env_id) for _ in first_share]
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
@@ -156,7 +158,7 @@ class ContinuousEnvs:
     def receive_all(self):
         try:
             return [receive(pipe) for pipe in self.pipes]
-        except EOFError:
+        except (EOFError, ConnectionError):
             sys.exit("error: a worker process of the environments has ended; its error is above")
 
     def call(self, method, argument):
@@ -207,6 +209,8 @@ class ContinuousEnvs:
             worker.join()
         for env in self.envs:
             env.close()
+        random.setstate(self.global_states[0])
+        np.random.set_state(self.global_states[1])
 
 
 def receive(pipe):
@@ -263,10 +267,11 @@ def layer_init(layer, std=2**0.5):
 def mlp(network, hidden, num_outputs, output_std):
     """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
     activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
+    sizes = [*network["obs_shape"], *hidden]
     layers = []
-    for num_inputs, num_units in zip([*network["obs_shape"], *hidden], hidden, strict=False):
+    for num_inputs, num_units in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(num_units, num_outputs), output_std))
+    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
 
 
 class MlpActor(nn.Module):
@@ -282,7 +287,7 @@ class MlpActor(nn.Module):
 
     def normalize(self, obs):
         """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward, so that statistics that move in a teacher's training cannot change the importance ratio."""
+        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -373,7 +378,7 @@ def ppo_loss(logratio, advantages, clip_coef, norm_adv):
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
-def distill_loss(logratio, kl, clip_coef):  # PPD: its loss
+def distill_loss(logratio, kl, clip_coef):  # PPD: the distillation loss
     """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors.
 
     logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
@@ -405,10 +410,13 @@ def main(args):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
 
-    teacher_actor, original_teacher = MlpActor(network), MlpActor(network)  # PPD: the teacher
-    for module in (teacher_actor, original_teacher):
-        module.load_state_dict(teacher["actor"])
-        module.requires_grad_(False)
+    teacher_actor = MlpActor(network).requires_grad_(False)  # PPD: the teacher
+    original_teacher = MlpActor(network)
+    try:
+        teacher_actor.load_state_dict(teacher["actor"])
+        original_teacher.load_state_dict(teacher["actor"])
+    except RuntimeError as error:
+        sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -451,7 +459,7 @@ def main(args):
     print(f"run folder: {run_folder}")
 
     envs = ContinuousEnvs(args.env_id, args.num_envs)
-    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), device=device)
+    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), device=device)  # normalized
     actions = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
     student_means = torch.zeros_like(actions)
     rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
@@ -482,7 +490,7 @@ def main(args):
                         running_return *= 1 - dones[step]
                     rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
                     timed_out = truncated & ~terminated
-                    if timed_out.any():  # a time limit is no end: add the value of what would have followed
+                    if timed_out.any():  # a time limit does not end the task: add the value of what follows
                         final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
                         rewards[step, timed_out] += args.gamma * critic(final_obs).cpu()
                     episodes.extend(finished.values())

@@ -8,9 +8,9 @@ The student learns by PPO from its own rollouts and rewards, and is drawn to the
 
     maximize E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
 
-Lines that are not plain PPO are marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from
-CleanRL's: the value loss is a plain mean squared error, the learning rate is constant, log-probabilities and values are
-computed after the rollout, rewards are scaled by a running standard deviation, and actor and critic are two networks.
+What is not plain PPO is marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from CleanRL's:
+the value loss is a plain mean squared error, the learning rate is constant, log-probabilities and values are computed
+after the rollout, rewards are scaled by a running standard deviation, and actor and critic are two networks.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Args:
     student_size: Literal["smaller", "same", "larger"] = "same"
     """smaller: Nature-CNN, larger: wide IMPALA-CNN (the paper, Table 4); same: the teacher's network"""
     distill_lambda: float = 1.0
-    """weight λ of the distillation loss; 0 is plain PPO"""
+    """weight λ of the distillation loss; 0: plain PPO"""
     distill_lambda_end: float | None = None
     """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
@@ -346,7 +346,7 @@ def categorical_kl(p, q):
     return (p.probs * (p.logits - q.logits)).sum(-1)
 
 
-def distill_loss(logratio, kl, clip_coef):  # PPD: its loss
+def distill_loss(logratio, kl, clip_coef):  # PPD: the distillation loss
     """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors.
 
     logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
@@ -378,10 +378,13 @@ def main(args):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
-    teacher_actor, original_teacher = CnnActor(network), CnnActor(network)  # PPD: the teacher
-    for module in (teacher_actor, original_teacher):
-        module.load_state_dict(teacher["actor"])
-        module.requires_grad_(False)
+    teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
+    original_teacher = CnnActor(network)
+    try:
+        teacher_actor.load_state_dict(teacher["actor"])
+        original_teacher.load_state_dict(teacher["actor"])
+    except RuntimeError as error:
+        sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)

@@ -155,6 +155,7 @@ class ContinuousEnvs:
 
     def __init__(self, env_id, num_envs, num_shares=None):
         self.num_envs, self.pipes, self.workers = num_envs, [], []
+        self.global_states = random.getstate(), np.random.get_state()
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
         self.envs = [make_env(env_id) for _ in first_share]
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
@@ -173,7 +174,7 @@ class ContinuousEnvs:
     def receive_all(self):
         try:
             return [receive(pipe) for pipe in self.pipes]
-        except EOFError:
+        except (EOFError, ConnectionError):
             sys.exit("error: a worker process of the environments has ended; its error is above")
 
     def call(self, method, argument):
@@ -224,6 +225,8 @@ class ContinuousEnvs:
             worker.join()
         for env in self.envs:
             env.close()
+        random.setstate(self.global_states[0])
+        np.random.set_state(self.global_states[1])
 
 
 def receive(pipe):
@@ -401,10 +404,11 @@ def layer_init(layer, std=2**0.5):
 def mlp(network, hidden, num_outputs, output_std):
     """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
     activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
+    sizes = [*network["obs_shape"], *hidden]
     layers = []
-    for num_inputs, num_units in zip([*network["obs_shape"], *hidden], hidden, strict=False):
+    for num_inputs, num_units in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(num_units, num_outputs), output_std))
+    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
 
 
 class MlpActor(nn.Module):
@@ -420,7 +424,7 @@ class MlpActor(nn.Module):
 
     def normalize(self, obs):
         """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward, so that statistics that move in a teacher's training cannot change the importance ratio."""
+        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -600,8 +604,11 @@ def main(args):
     state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
     env_id = args.env_id or teacher["env_id"]
     suite = suite_of(env_id)
-    eval_episodes = args.eval_episodes or (200 if suite == "procgen" else 50)
-    args = dataclasses.replace(args, env_id=env_id, eval_episodes=eval_episodes)
+    args = dataclasses.replace(args, env_id=env_id)
+    if args.eval_episodes is None:
+        args.eval_episodes = 200 if suite == "procgen" else 50
+    if args.eval_episodes < 1:
+        sys.exit("--eval-episodes: at least 1")
     batch_size = args.num_envs * args.num_steps
     if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
@@ -624,9 +631,12 @@ def main(args):
 
     teacher_actor, teacher_critic = make_networks(network)  # TD: the teacher
     original_teacher, _ = make_networks(network)
-    original_teacher.load_state_dict(teacher["actor"])
-    teacher_actor.load_state_dict(teacher["actor"])
-    teacher_critic.load_state_dict(teacher["critic"])
+    try:
+        teacher_actor.load_state_dict(teacher["actor"])
+        teacher_critic.load_state_dict(teacher["critic"])
+        original_teacher.load_state_dict(teacher["actor"])
+    except (KeyError, RuntimeError) as error:
+        sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)

@@ -169,6 +169,7 @@ class ContinuousEnvs:
 
     def __init__(self, env_id, num_envs, num_shares=None):
         self.num_envs, self.pipes, self.workers = num_envs, [], []
+        self.global_states = random.getstate(), np.random.get_state()
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
         self.envs = [make_env(env_id) for _ in first_share]
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
@@ -187,7 +188,7 @@ class ContinuousEnvs:
     def receive_all(self):
         try:
             return [receive(pipe) for pipe in self.pipes]
-        except EOFError:
+        except (EOFError, ConnectionError):
             sys.exit("error: a worker process of the environments has ended; its error is above")
 
     def call(self, method, argument):
@@ -238,6 +239,8 @@ class ContinuousEnvs:
             worker.join()
         for env in self.envs:
             env.close()
+        random.setstate(self.global_states[0])
+        np.random.set_state(self.global_states[1])
 
 
 def receive(pipe):
@@ -415,10 +418,11 @@ def layer_init(layer, std=2**0.5):
 def mlp(network, hidden, num_outputs, output_std):
     """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
     activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
+    sizes = [*network["obs_shape"], *hidden]
     layers = []
-    for num_inputs, num_units in zip([*network["obs_shape"], *hidden], hidden, strict=False):
+    for num_inputs, num_units in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(num_units, num_outputs), output_std))
+    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
 
 
 class MlpActor(nn.Module):
@@ -434,7 +438,7 @@ class MlpActor(nn.Module):
 
     def normalize(self, obs):
         """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward, so that statistics that move in a teacher's training cannot change the importance ratio."""
+        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -678,9 +682,7 @@ def main(args):
     print(f"run folder: {run_folder}")
 
     envs = make_envs(args, args.num_envs)
-    params = torch.zeros(
-        (args.num_steps, args.num_envs, envs.action_dim), device=device
-    )  # of the policy: means, logits
+    means_or_logits = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
     rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
     running_return = torch.zeros(args.num_envs, dtype=torch.float64)
     episodes = deque(maxlen=100)  # return and length
@@ -688,7 +690,7 @@ def main(args):
     bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
     try:
         raw_obs = torch.as_tensor(envs.reset([args.seed, 1, global_step]), device=device)  # evaluation: [args.seed, 2]
-        if obs_rms is not None:
+        if obs_rms is not None and global_step < args.total_timesteps:
             obs_rms.update(raw_obs)
         next_obs = actor.normalize(raw_obs)
         obs = torch.zeros((args.num_steps, *next_obs.shape), dtype=next_obs.dtype, device=device)
@@ -700,8 +702,8 @@ def main(args):
             actions = []
             with torch.no_grad():
                 for step in range(args.num_steps):
-                    obs[step], params[step] = next_obs, actor(next_obs)
-                    actions.append(actor.policy(params[step]).sample())
+                    obs[step], means_or_logits[step] = next_obs, actor(next_obs)
+                    actions.append(actor.policy(means_or_logits[step]).sample())
                     raw_obs, reward, terminated, truncated, finished = envs.step(actions[step].cpu().numpy())
                     raw_obs = torch.as_tensor(raw_obs, device=device)
                     if obs_rms is not None:
@@ -713,7 +715,7 @@ def main(args):
                     running_return *= 1 - dones[step]
                     rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
                     timed_out = truncated & ~terminated
-                    if timed_out.any():  # a time limit is no end: add the value of what would have followed
+                    if timed_out.any():  # a time limit does not end the task: add the value of what follows
                         final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
                         rewards[step, timed_out] += args.gamma * critic(final_obs).cpu()
                     episodes.extend(finished.values())
@@ -721,11 +723,11 @@ def main(args):
 
             # ADVANTAGE
             torch.set_num_threads(NUM_CORES)
-            b_obs, b_actions, b_params = obs.flatten(0, 1), torch.cat(actions), params.flatten(0, 1)
+            b_obs, b_actions, b_means_or_logits = obs.flatten(0, 1), torch.cat(actions), means_or_logits.flatten(0, 1)
             with torch.no_grad():
                 chunks = b_obs.split(args.minibatch_size)
                 b_values = torch.cat([critic(chunk) for chunk in chunks])
-                b_logprobs = actor.policy(b_params).log_prob(b_actions)
+                b_logprobs = actor.policy(b_means_or_logits).log_prob(b_actions)
                 rollout = rewards.to(device), b_values.view_as(rewards), critic(next_obs), dones.to(device)
                 b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
             b_returns = b_advantages + b_values

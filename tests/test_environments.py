@@ -2,17 +2,17 @@
 itself; and evaluation."""
 
 import multiprocessing
-import random
 
 import gymnasium as gym
 import numpy as np
+import procgen
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from conftest import original_init
 from envs import Scripted, observe, outcome
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from helpers import ENV_IDS, Case, by_case, record, refused
+from helpers import ENV_IDS, NETWORKS, Case, by_case, record, refused
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
 SUITES = [
@@ -44,9 +44,6 @@ def play(envs, steps=40, seed=(1, 2)):
 def same_play(first, second):
     pairs = zip(sum(first, []), sum(second, []), strict=True)
     return all(x == y if isinstance(x, dict) else np.array_equal(x, y) for x, y in pairs)
-
-
-# --- ALL SUITES ---
 
 
 @by_case(SUITES)
@@ -110,10 +107,8 @@ def test_scripted_environments(monkeypatch, cores):
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_start_methods(monkeypatch, method):
-    """With torch inside of step, which hangs in a fork unless it has one thread there."""
     monkeypatch.setattr(CONTINUOUS.module, "NUM_CORES", 2)
     multiprocessing.set_start_method(method, force=True)
-    torch.nn.Conv2d(3, 16, 5)(torch.zeros(1, 3, 96, 96))
     found = play(CONTINUOUS.Envs("envs:TorchInStep-v0", 4), 5)
     monkeypatch.setattr(CONTINUOUS.module, "NUM_CORES", 1)
     assert same_play(found, play(CONTINUOUS.Envs("envs:TorchInStep-v0", 4), 5))
@@ -278,22 +273,15 @@ def test_human_scores():
 
 
 @pytest.mark.parametrize("game", ["coinrun", "starpilot"])
-def test_procgen_itself(game):
+def test_procgen_itself(monkeypatch, game):
     """Pixels, rewards and ends are Procgen's for the same seed, with channels first. Rewards that come with `first` are
     those of the level that has ended."""
-    from procgen import ProcgenGym3Env
-
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        import procgen
-
-        def recorded(*arguments, **options):
-            made.append(options)
-            return ProcgenGym3Env(*arguments, **options)
-
-        patch.setattr(procgen, "ProcgenGym3Env", recorded)
-        found = play(make(PROCGEN, game, 8), 800)
-    reference, ends = ProcgenGym3Env(8, game, **{**made[-1], "num_threads": 1}), 0
+    original, made = procgen.ProcgenGym3Env, []
+    monkeypatch.setattr(
+        procgen, "ProcgenGym3Env", lambda *a, **options: made.append(options) or original(*a, **options)
+    )
+    found = play(make(PROCGEN, game, 8), 800)
+    reference, ends = original(8, game, **{**made[-1], "num_threads": 1}), 0
     assert LEVELS.items() <= made[-1].items()
     for step, (obs, *rest) in enumerate(found):
         rewards, expected, first = reference.observe()
@@ -342,9 +330,9 @@ def test_every_environment_plays_its_quota(monkeypatch, episodes):
     )
     monkeypatch.setattr(envs, "close", lambda: closed.append(True))
     torch.manual_seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state()
     score = CONTINUOUS.module.evaluate(actor, envs, CONTINUOUS.args(eval_episodes=episodes), torch.device("cpu"))
-    assert torch.equal(before[0], torch.get_rng_state()) and closed
+    assert torch.equal(before, torch.get_rng_state()) and closed
     returns = [[] for _ in range(envs.num_envs)]
     for _, (*_, finished) in steps:
         for i, (episode_return, _) in finished.items():
@@ -359,34 +347,19 @@ def test_every_environment_plays_its_quota(monkeypatch, episodes):
     np.testing.assert_array_equal(steps[0][0][1], means)
 
 
-@by_case(SUITES[1:])
-def test_evaluation_acts_on_games_as_it_should(case):
-    """By the likeliest action, or by samples of the policy, the same ones each time."""
-    network = dict(kind="nature", actor_hidden=[4, 4, 4, 16], obs_shape=[*case.Envs.obs_shape], action_dim=3)
-    actor, probabilities = case.Actor(network), torch.tensor([0.2, 0.5, 0.3])
-    actor.forward = lambda obs: probabilities.log().expand(len(obs), -1)
-
-    class Envs:
-        num_envs, actions = 500, None
-
-        def reset(self, seed):
-            self.actions, self.obs = [], torch.zeros((500, 1), dtype=torch.uint8).numpy()
-            return self.obs
-
-        def step(self, actions):
-            self.actions.append(actions)
-            ended = {i: (1.0, 1) for i in range(500)} if len(self.actions) == 8 else {}
-            return self.obs, None, None, None, ended
-
-        def close(self):
-            pass
-
-    played = {}
-    for deterministic in (True, False):
-        for _ in range(2):
-            envs, args = Envs(), case.args(eval_episodes=500)
-            case.module.evaluate(actor, envs, args, torch.device("cpu"), deterministic=deterministic)
-            played.setdefault(deterministic, []).append(np.concatenate(envs.actions))
-    assert (played[True][0] == 1).all() and np.array_equal(*played[False])
-    counts = np.bincount(played[False][0], minlength=3) / 4000
-    np.testing.assert_allclose(counts, probabilities, atol=4 * (0.25 / 4000) ** 0.5)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_actions_of_an_evaluation(monkeypatch, deterministic):
+    """The likeliest ones, or samples of the policy, the same each time."""
+    actor, args = PROCGEN.Actor(NETWORKS["procgen"]), PROCGEN.args(eval_episodes=8, env_id="starpilot")
+    logits, steps = record(monkeypatch, PROCGEN.Actor, "forward"), record(monkeypatch, PROCGEN.Envs, "step")
+    for _ in range(2):
+        envs = PROCGEN.module.make_envs(args, 8)
+        PROCGEN.module.evaluate(actor, envs, args, torch.device("cpu"), deterministic=deterministic)
+    actions = torch.tensor(np.array([arguments[1] for arguments, _ in steps])).flatten()
+    logits = torch.cat([output for _, output in logits])
+    assert torch.equal(*actions.chunk(2)) and len(actions) > 800
+    if deterministic:
+        assert torch.equal(actions, logits.argmax(1))
+    else:
+        counts, expected = torch.bincount(actions, minlength=15), logits.softmax(1).sum(0)
+        assert ((counts - expected).abs() < 2 * 4 * expected.sqrt()).all()  # each action counts twice

@@ -21,9 +21,6 @@ def finite_differences(function, x, h=1e-6):
     return np.array([(function(x + step) - function(x - step)) / (2 * h) for step in np.eye(len(x)) * h])
 
 
-# --- ADVANTAGES ---
-
-
 def random_rollout(dtype=np.float64, num_steps=12, num_envs=40):
     rng = np.random.default_rng(5)
     rewards, values = rng.normal(size=(2, num_steps, num_envs)).astype(dtype)
@@ -69,9 +66,6 @@ def test_advantages_of_stable_baselines3(script):
     assert_close(script.compute_gae(*inputs, 0.995, 0.9), buffer.advantages, rtol=1e-4, atol=1e-5)
 
 
-# --- LOSSES ---
-
-
 @pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("n", [1, 64])
 @by_script
@@ -108,9 +102,6 @@ def test_distill_loss(script):
     loss.backward()
     assert_close(loss, objective(x), rtol=1e-10)
     assert_close(inputs.grad, finite_differences(objective, x))
-
-
-# --- STATISTICS ---
 
 
 @pytest.mark.parametrize("script", MODULES.values())

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from helpers import CASES, assert_close, by_case, forward
+from helpers import CASES, assert_close, by_case, forward, make_teacher, skip_evaluation
 from torch.distributions import Categorical
 
 SIZES = {  # kind, widths, thousands of parameters of the actor: Table 4; of the smaller CNN, the text's
@@ -58,6 +58,17 @@ def test_table_4_and_forward_pass(case, size):
         assert_close(found.view(expected.shape), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@by_case([case for case in CASES if "_distill" not in case.name or case.suite == "continuous"])
+def test_sizes_of_the_scripts(folder, monkeypatch, case):
+    make_teacher(case.suite)
+    skip_evaluation(monkeypatch, case)
+    for (kind, size), (widths, table) in SIZES.items():
+        if case.suite in table and (size != "same" or not case.distills):
+            sizes = dict(num_steps=2, minibatch_size=4, total_timesteps=4, size=size, student_size=size)
+            network = case.policy(**sizes)["network"]
+            assert (network["kind"], network["actor_hidden"], network["critic_hidden"]) == (kind, widths, widths)
+
+
 @by_case([case for case in CASES if case.name.startswith("ppd")])
 def test_initial_weights(case):
     """Orthogonal, of gain √2 in the body, 0.01 for the policy and 1 for the value; biases and log std are 0."""
@@ -72,28 +83,6 @@ def test_initial_weights(case):
                 square = (gain if weight.shape == weights[-1].shape else 2**0.5) ** 2 * torch.eye(len(weight))
                 assert_close(weight @ weight.T, square, rtol=1e-4, atol=1e-5)
             assert all((p == 0).all() for p in network.parameters() if p.dim() == 1)
-
-
-def test_activation_of_a_foreign_teacher():
-    module = importlib.import_module("ppd_continuous")
-    network = dict(activation="tanh", actor_hidden=[8, 8], obs_shape=[3], action_dim=2)
-    actor, obs = module.MlpActor(network), observations("continuous", [3])
-    assert_close(actor(obs), forward("mlp", actor.state_dict(), obs, "tanh"), rtol=1e-4)
-
-
-def test_normalized_observations():
-    module = importlib.import_module("ppd_continuous")
-    actor = module.MlpActor(dict(activation="relu", actor_hidden=[8], obs_shape=[3], action_dim=2))
-    rows = np.random.default_rng(0).normal([0, 100, 5], [1, 20, 0], size=(50, 3))
-    actor.obs_rms.update(torch.from_numpy(rows))
-    expected = (rows * 3 - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-8)
-    found = actor.normalize(torch.from_numpy(rows * 3))
-    assert found.dtype == torch.float32 and (np.abs(expected) > 10).any()
-    assert_close(found[:, :2], np.clip(expected, -10, 10)[:, :2], rtol=1e-3, atol=1e-3)
-    assert found[0, 2] == 10
-
-
-# --- POLICIES ---
 
 
 def gaussian_kl(p, q):
