@@ -2,6 +2,7 @@
 itself; and evaluation."""
 
 import multiprocessing
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -115,9 +116,11 @@ def test_start_methods(monkeypatch, method):
 
 
 def test_global_randomness(monkeypatch):
-    """No environment is the copy of another, and the same seed gives the same bits."""
+    """No environment is the copy of another, the same seed gives the same bits, and the caller's generators stay."""
     monkeypatch.setattr(CONTINUOUS.module, "NUM_CORES", 2)
+    states = random.getstate(), np.random.get_state()[1].tolist()
     first = play(CONTINUOUS.Envs("envs:GlobalRandomness-v0", 4))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
     assert len(np.unique([obs for obs, *_ in first])) == 2 * 4 * 41 + 1
     assert same_play(first, play(CONTINUOUS.Envs("envs:GlobalRandomness-v0", 4)))
 

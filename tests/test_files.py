@@ -86,6 +86,16 @@ def test_teachers_that_do_not_fit(folder, capsys, case, kind):
             case.run(teacher="other.pt")
 
 
+@by_case([case for case in CASES if case.distills])
+def test_weights_that_do_not_fit_their_network(folder, capsys, case):
+    make_teacher(case.suite, path="other.pt")
+    teacher = load("other.pt")
+    teacher["actor"].popitem()
+    torch.save(teacher, "other.pt")
+    with refused(capsys, "--teacher other.pt", "Missing key"):
+        case.run(teacher="other.pt")
+
+
 REFUSALS = {
     "minibatch larger than rollout": (dict(minibatch_size=49), ["--minibatch-size", "48"]),
     "existing file": (dict(save_path="teacher.pt"), ["--save-path teacher.pt", "exists"]),
