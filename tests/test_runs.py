@@ -216,13 +216,13 @@ def test_kill_9(folder, monkeypatch):
 
 
 def test_external_programs_end(folder):
-    """After a run as after a kill: those of this process and of the workers, of training and of evaluation. With torch
-    inside of step, which hangs in a fork unless it has one thread there."""
+    """After a kill in training and after a whole run: those of this process and of the workers. These environments also
+    use torch inside of step, which hangs in a fork unless it has one thread there."""
     make_teacher()
     line = ["--env-id", "envs:ExternalProgram-v0", "--num-envs", 4, "--num-steps", 8, "--minibatch-size", 32]
     line = ["ppd_continuous.py", "--teacher", "teacher.pt", *line, "--eval-episodes", 3, "--save-interval", 0]
     before = sleeping_programs()
-    process = launch(*line, "--total-timesteps", 10**8, "--eval-interval", 64)
+    process = launch(*line, "--total-timesteps", 10**8)
     made = wait_for_state(process)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
