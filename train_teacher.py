@@ -168,22 +168,27 @@ class ContinuousEnvs:
     the first share, a worker process each of the others. The number of workers changes no result."""
 
     def __init__(self, env_id, num_envs, num_shares=None):
-        self.num_envs, self.pipes, self.workers = num_envs, [], []
+        self.num_envs, self.envs, self.pipes, self.workers = num_envs, [], [], []
         self.global_states = random.getstate(), np.random.get_state()
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
-        self.envs = [make_env(env_id) for _ in first_share]
+        self.slices = [slice(share[0], share[-1] + 1) for share in shares]
+        try:
+            for _ in first_share:
+                self.envs.append(make_env(env_id))
+            for share in shares:
+                pipe, worker_pipe = multiprocessing.Pipe()
+                self.pipes.append(pipe)
+                PIPES.append(pipe)
+                arguments = (worker_pipe, PIPES, env_id, len(share))
+                self.workers.append(multiprocessing.Process(target=work, args=arguments, daemon=True))
+                self.workers[-1].start()
+                worker_pipe.close()
+            self.receive_all()
+        except BaseException:
+            self.close()
+            raise
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         self.action_dim = self.action_space.shape[0]
-        self.slices = [slice(share[0], share[-1] + 1) for share in shares]
-        for share in shares:
-            pipe, worker_pipe = multiprocessing.Pipe()
-            self.pipes.append(pipe)
-            PIPES.append(pipe)
-            worker = multiprocessing.Process(target=work, args=(worker_pipe, PIPES, env_id, len(share)), daemon=True)
-            worker.start()
-            worker_pipe.close()
-            self.workers.append(worker)
-        self.receive_all()
 
     def receive_all(self):
         try:
@@ -233,10 +238,12 @@ class ContinuousEnvs:
         return obs, rewards, terminated, truncated, finished
 
     def close(self):
-        for pipe, worker in zip(self.pipes, self.workers, strict=True):
+        for pipe in self.pipes:
             pipe.close()
             PIPES.remove(pipe)
-            worker.join()
+        for worker in self.workers:
+            if worker.pid:  # it has started
+                worker.join()
         for env in self.envs:
             env.close()
         random.setstate(self.global_states[0])
