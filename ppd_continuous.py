@@ -135,7 +135,8 @@ def make_env(env_id):
 
 class ContinuousEnvs:
     """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
-    the first share, a worker process each of the others. The number of workers changes no result."""
+    the first share, a worker process each of the others. Their number changes no result, unless
+    environments draw from the global generators."""
 
     def __init__(self, env_id, num_envs, num_shares=None):
         self.num_envs, self.envs, self.pipes, self.workers = num_envs, [], [], []
