@@ -15,6 +15,7 @@ deviation instead of clipped, and actor and critic are two networks.
 """
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -25,7 +26,7 @@ import platform
 import signal
 import sys
 import time
-from collections import defaultdict, deque
+from collections import deque
 from typing import Literal
 
 import ale_py
@@ -43,19 +44,11 @@ SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
 Distribution.set_default_validate_args(False)  # saves time
 HUMAN_SCORES = {  # of random play and of humans (Agent57, https://arxiv.org/abs/2003.13350)
-    "atlantis": (12850, 29028.1),
-    "beam_rider": (363.9, 16926.5),
-    "breakout": (1.7, 30.5),
-    "crazy_climber": (10780.5, 35829.4),
-    "demon_attack": (152.1, 1971),
-    "enduro": (0, 860.5),
-    "freeway": (0, 29.6),
-    "ms_pacman": (307.3, 6951.6),
-    "pong": (-20.7, 14.6),
-    "qbert": (163.9, 13455),
-    "seaquest": (68.4, 42054.7),
-    "zaxxon": (32.5, 9173.3),
-}
+    "atlantis": (12850, 29028.1), "beam_rider": (363.9, 16926.5), "breakout": (1.7, 30.5),
+    "crazy_climber": (10780.5, 35829.4), "demon_attack": (152.1, 1971), "enduro": (0, 860.5),
+    "freeway": (0, 29.6), "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6),
+    "qbert": (163.9, 13455), "seaquest": (68.4, 42054.7), "zaxxon": (32.5, 9173.3),
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -69,11 +62,7 @@ class Args:
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "ppd"
-    """project in Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) in Weights and Biases"""
+    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
 
     # Distillation
     teacher: str | None = None
@@ -108,8 +97,6 @@ class Args:
     """samples in a minibatch; the last of an epoch can be smaller"""
     update_epochs: int = 4
     """passes over each rollout"""
-    norm_adv: bool = True
-    """normalize advantages in each minibatch"""
     clip_coef: float = 0.2
     """clip range ε of the importance ratio"""
     ent_coef: float = 0.0
@@ -146,10 +133,7 @@ class AtariEnvs:
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
         gym.register_envs(ale_py)
-        try:
-            spec = gym.spec(env_id).kwargs
-        except gym.error.Error as error:
-            sys.exit(f"--env-id {env_id}: {error}")
+        spec = gym.spec(env_id).kwargs
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = spec["game"]
@@ -312,10 +296,8 @@ def load(flag, path, wanted, **fields):
 
 @torch.no_grad()
 def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes, close the environments, and return {"mean", "std", "returns"} of the scores.
-
-    Each environment plays a fixed number of episodes: the first ones to end would be the short ones. torch's random
-    state stays as it is."""
+    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
+    them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
     returns, num_steps = [[] for _ in quotas], 0
     bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
@@ -351,11 +333,11 @@ def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
     return advantages
 
 
-def ppo_loss(logratio, advantages, clip_coef, norm_adv):
+def ppo_loss(logratio, advantages, clip_coef):
     """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
 
-    logratio: log ρ (n,); advantages: (n,), normalized here if norm_adv."""
-    if norm_adv and len(advantages) > 1:
+    logratio: log ρ (n,); advantages: (n,), normalized here."""
+    if len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
@@ -383,11 +365,13 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if os.path.exists(args.save_path or "") and not args.resume:
         sys.exit(f"--save-path {args.save_path}: this file exists")
-    probe = AtariEnvs(args.env_id, 1)
-    probe.close()
-    spaces, teacher_spaces = [[*probe.obs_shape], probe.action_dim], [network["obs_shape"], network["action_dim"]]
+    try:
+        envs = AtariEnvs(args.env_id, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
     if spaces != teacher_spaces:
         sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -399,12 +383,11 @@ def main(args):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = CnnActor(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
-        original_teacher.load_state_dict(teacher["actor"])
     except RuntimeError as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
+    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -436,23 +419,17 @@ def main(args):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
-        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    envs = AtariEnvs(args.env_id, args.num_envs)
-    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), dtype=torch.uint8, device=device)
-    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
-    student_logits = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
-    rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
     running_return = torch.zeros(args.num_envs, dtype=torch.float64)
     num_eval_envs = min(args.num_envs, args.eval_episodes)
     lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end  # PPD: default
     episodes = deque(maxlen=100)  # return and length
     last_save = 0.0
-    bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
     try:
         raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
         next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
@@ -460,50 +437,54 @@ def main(args):
             start_time = time.time()
 
             # COLLECT: the student acts
+            obs, actions, student_logits, rewards, dones = [], [], [], [], []
             with torch.no_grad():
-                for step in range(args.num_steps):
-                    obs[step], student_logits[step] = next_obs, actor(next_obs)
-                    actions[step] = actor.policy(student_logits[step]).sample()
-                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[step].cpu().numpy())
+                for _ in range(args.num_steps):
+                    obs.append(next_obs)
+                    student_logits.append(actor(next_obs))
+                    actions.append(actor.policy(student_logits[-1]).sample())
+                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-                    reward, dones[step] = torch.as_tensor(reward), torch.as_tensor(terminated | truncated)
+                    reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
                     running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
                     return_rms.update(running_return)
-                    running_return *= 1 - dones[step]
-                    rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                    running_return *= 1 - done
+                    reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
                     timed_out = truncated & ~terminated
                     if timed_out.any():  # a time limit does not end the task: add the value of what follows
                         final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
-                        rewards[step, timed_out] += args.gamma * critic(final_obs).cpu()
+                        reward[timed_out] += args.gamma * critic(final_obs).cpu()
+                    rewards.append(reward)
+                    dones.append(done)
                     episodes.extend(finished.values())
             global_step += batch_size
 
             # ADVANTAGE
-            b_obs, b_actions, b_logits = obs.flatten(0, 1), actions.flatten(0, 1), student_logits.flatten(0, 1)
+            b_obs, b_actions = torch.cat(obs), torch.cat(actions)
             with torch.no_grad():
                 chunks = b_obs.split(args.minibatch_size)
                 b_values = torch.cat([critic(chunk) for chunk in chunks])
                 b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
-                b_logprobs = actor.policy(b_logits).log_prob(b_actions)
-                rollout = rewards.to(device), b_values.view_as(rewards), critic(next_obs), dones.to(device)
+                b_logprobs = actor.policy(torch.cat(student_logits)).log_prob(b_actions)
+                rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
+                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
                 b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
             progress = min(global_step / args.total_timesteps, 1)
             distill_lambda = args.distill_lambda + progress * (lambda_end - args.distill_lambda)  # PPD: λ
-            metrics = defaultdict(list)
+            metrics = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
                     student_policy = actor.policy(actor(b_obs[mb]))
                     teacher_policy = teacher_actor.policy(b_teacher_logits[mb])  # PPD: in the same states
-                    if args.kl == "forward":  # PPD: the paper's KL
-                        kl = categorical_kl(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
-                    else:  # PPD: an option of the paper's library
+                    kl = categorical_kl(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
+                    if args.kl == "reverse":  # PPD: an option of the paper's library
                         kl = categorical_kl(student_policy, teacher_policy)  # PPD: KL(student ‖ teacher), (n,)
                     logratio = student_policy.log_prob(b_actions[mb]) - b_logprobs[mb]
 
-                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
+                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef)
                     kl_loss = distill_loss(logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
                     entropy = student_policy.entropy().mean()
                     v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
@@ -523,12 +504,12 @@ def main(args):
                         "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
                         "grad_norm": grad_norm,
                     }
-                    for name, term in terms.items():
-                        metrics[name].append(term.detach())
+                    metrics.append(torch.stack([*terms.values()]).detach())
             train_seconds += time.time() - start_time
 
             # LOG
-            logs = {f"losses/{name}": torch.stack(terms).mean().item() for name, terms in metrics.items()}
+            averages = torch.stack(metrics).mean(0).tolist()
+            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
@@ -549,9 +530,8 @@ def main(args):
             # SAVE
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
-                state.update(script=SCRIPT, args=dataclasses.asdict(args), global_step=global_step)
-                state.update(train_seconds=train_seconds, eval_curve=eval_curve)
-                state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
+                state.update(eval_curve=eval_curve, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
                 save(f"{run_folder}/checkpoint.pt", state)
                 last_save = time.time()
 
@@ -575,7 +555,7 @@ def main(args):
         writer.add_scalar("charts/teacher_return", scores["teacher"]["mean"], global_step)
         writer.add_scalar("charts/eval_return", scores["student"]["mean"], global_step)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=dataclasses.asdict(args), versions=versions)
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
@@ -585,8 +565,7 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()

@@ -11,11 +11,12 @@ The student learns by PPO from its own rollouts and rewards, and is drawn to the
 What is not plain PPO is marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from CleanRL's:
 episodes cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning rate is
 constant, and log-probabilities and values are computed after the rollout. Observations and rewards are scaled by the
-teacher's statistics, which stay fixed. For rewards that is our reading of the paper; where a teacher has no reward
+teacher's statistics, which stay fixed (for rewards that is our reading of the paper); where a teacher has no reward
 statistics, they are the student's, and move.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -26,8 +27,7 @@ import random
 import signal
 import sys
 import time
-import warnings
-from collections import defaultdict, deque
+from collections import deque
 from typing import Literal
 
 import gymnasium as gym
@@ -41,9 +41,7 @@ from tqdm import tqdm
 
 SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
-PIPES = []  # this process's ends of the pipes to all workers
 Distribution.set_default_validate_args(False)  # saves time
-warnings.filterwarnings("ignore", ".*out of date")  # gymnasium says so of the paper's environments, -v4
 
 
 @dataclasses.dataclass
@@ -57,11 +55,7 @@ class Args:
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "ppd"
-    """project in Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) in Weights and Biases"""
+    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
 
     # Distillation
     teacher: str | None = None
@@ -96,8 +90,6 @@ class Args:
     """samples in a minibatch; the last of an epoch can be smaller"""
     update_epochs: int = 4
     """passes over each rollout"""
-    norm_adv: bool = True
-    """normalize advantages in each minibatch"""
     clip_coef: float = 0.2
     """clip range ε of the importance ratio"""
     ent_coef: float = 0.0
@@ -123,102 +115,29 @@ class Args:
 
 
 def make_env(env_id):
-    try:
-        env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {env_id}: {error}")
+    env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
     return env
 
 
-class ContinuousEnvs:
-    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
-    the first share, a worker process each of the others. Their number changes no result, unless
-    environments draw from the global generators."""
+def reset_envs(envs, seeds):
+    random.seed(int(seeds[0]))  # for environments that draw from the global generators
+    np.random.seed(seeds[0])
+    return [np.array([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)])]
 
-    def __init__(self, env_id, num_envs, num_shares=None):
-        self.num_envs, self.envs, self.pipes, self.workers = num_envs, [], [], []
-        self.global_states = random.getstate(), np.random.get_state()
-        first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
-        self.slices = [slice(share[0], share[-1] + 1) for share in shares]
-        try:
-            for _ in first_share:
-                self.envs.append(make_env(env_id))
-            for share in shares:
-                pipe, worker_pipe = multiprocessing.Pipe()
-                self.pipes.append(pipe)
-                PIPES.append(pipe)
-                arguments = (worker_pipe, PIPES, env_id, len(share))
-                self.workers.append(multiprocessing.Process(target=work, args=arguments, daemon=True))
-                self.workers[-1].start()
-                worker_pipe.close()
-            self.receive_all()
-        except BaseException:
-            self.close()
-            raise
-        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
-        self.action_dim = self.action_space.shape[0]
 
-    def receive_all(self):
-        try:
-            return [receive(pipe) for pipe in self.pipes]
-        except (EOFError, ConnectionError):
-            sys.exit("error: a worker process of the environments has ended; its error is above")
-
-    def call(self, method, argument):
-        """Call a method for every share with the share's part of the argument, and join the arrays that come back."""
-        for pipe, part in zip(self.pipes, self.slices, strict=True):
-            pipe.send((method, argument[part]))
-        results = [getattr(self, method)(argument[: len(self.envs)]), *self.receive_all()]
-        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
-
-    def reset_share(self, seeds):
-        random.seed(int(seeds[0]))  # for environments that draw from the global generators
-        np.random.seed(seeds[0])
-        return [np.array([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])]
-
-    def step_share(self, actions):
-        steps = []
-        for env, action in zip(self.envs, actions, strict=True):
-            obs, reward, terminated, truncated, _ = env.step(action)
-            final_obs = obs
-            if terminated or truncated:
-                final_obs = np.array(obs)  # a copy: reset may write into obs
-                obs, _ = env.reset()
-            steps.append((obs, float(reward), terminated, truncated, final_obs))
-        return [np.array(column) for column in zip(*steps, strict=True)]
-
-    def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        return self.call("reset_share", np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
-
-    def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
-        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
-        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
-        actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        obs, rewards, terminated, truncated, self.final_obs = self.call("step_share", actions)
-        self.returns += rewards
-        self.lengths += 1
-        ended = np.flatnonzero(terminated | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
-        return obs, rewards, terminated, truncated, finished
-
-    def close(self):
-        for pipe in self.pipes:
-            pipe.close()
-            PIPES.remove(pipe)
-        for worker in self.workers:
-            if worker.pid:  # it has started
-                worker.join()
-        for env in self.envs:
-            env.close()
-        random.setstate(self.global_states[0])
-        np.random.set_state(self.global_states[1])
+def step_envs(envs, actions):
+    steps = []
+    for env, action in zip(envs, actions, strict=True):
+        obs, reward, terminated, truncated, _ = env.step(action)
+        final_obs = obs
+        if terminated or truncated:
+            final_obs = np.array(obs)  # a copy: reset may write into obs
+            obs, _ = env.reset()
+        steps.append((obs, float(reward), terminated, truncated, final_obs))
+    return [np.array(column) for column in zip(*steps, strict=True)]
 
 
 def receive(pipe):
@@ -227,25 +146,81 @@ def receive(pipe):
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        sys.exit("error: the process at the other end of a pipe has ended; the error of a worker process is above")
 
 
-def work(pipe, inherited_pipes, env_id, num_envs):
-    """A worker process: call the methods that the messages name, until the parent closes the pipe or dies."""
+def work(pipe, parent_pipe, env_id, num_envs):
+    """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
     torch.set_num_threads(1)  # an environment that uses torch would wait for threads that a fork does not have
-    for inherited_pipe in inherited_pipes:
-        inherited_pipe.close()  # else the workers of a killed parent keep each other alive
-    with contextlib.closing(ContinuousEnvs(env_id, num_envs, num_shares=1)) as envs:
-        result = "ready"
+    parent_pipe.close()  # else the end of the parent would not be seen
+    envs = [make_env(env_id) for _ in range(num_envs)]
+    try:
         while True:
-            try:
-                pipe.send(result)
-                method, argument = receive(pipe)
-            except (EOFError, ConnectionError):
-                break
-            result = getattr(envs, method)(argument)
+            function, argument = receive(pipe)
+            pipe.send(function(envs, argument))
+    finally:
+        for env in envs:
+            env.close()
+
+
+class ContinuousEnvs:
+    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
+    the first share, a worker process each of the others. Their number changes no result, unless environments draw from
+    the global generators."""
+
+    def __init__(self, env_id, num_envs):
+        self.num_envs = num_envs
+        first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [make_env(env_id) for _ in first_share]
+        self.workers = []  # process, pipe to it, slice of the environments
+        for share in shares:
+            pipe, worker_pipe = multiprocessing.Pipe()
+            args = (worker_pipe, pipe, env_id, len(share))
+            process = multiprocessing.Process(target=work, args=args, daemon=True)
+            process.start()
+            worker_pipe.close()
+            self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        self.action_dim = self.action_space.shape[0]
+
+    def call(self, function, argument):
+        """Call a function for each share with its part of the argument, and join the arrays that come back."""
+        for _, pipe, part in self.workers:
+            pipe.send((function, argument[part]))
+        results = [function(self.envs, argument[: len(self.envs)])]
+        results += [receive(pipe) for _, pipe, _ in self.workers]
+        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+    def reset(self, seed):
+        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
+
+    def step(self, actions):
+        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
+        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
+        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
+        actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
+        self.returns += rewards
+        self.lengths += 1
+        ended = np.flatnonzero(terminated | truncated)
+        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
+        self.returns[ended], self.lengths[ended] = 0, 0
+        return obs, rewards, terminated, truncated, finished
+
+    def close(self):
+        for process, pipe, _ in self.workers:
+            process.terminate()
+            process.join()
+            pipe.close()
+        for env in self.envs:
+            env.close()
 
 
 class RunningMeanStd(nn.Module):
@@ -337,10 +312,8 @@ def load(flag, path, wanted, **fields):
 
 @torch.no_grad()
 def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes, close the environments, and return {"mean", "std", "returns"} of the scores.
-
-    Each environment plays a fixed number of episodes: the first ones to end would be the short ones. torch's random
-    state stays as it is."""
+    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
+    them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
     returns, num_steps = [[] for _ in quotas], 0
     bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
@@ -376,11 +349,11 @@ def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
     return advantages
 
 
-def ppo_loss(logratio, advantages, clip_coef, norm_adv):
+def ppo_loss(logratio, advantages, clip_coef):
     """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
 
-    logratio: log ρ (n,); advantages: (n,), normalized here if norm_adv."""
-    if norm_adv and len(advantages) > 1:
+    logratio: log ρ (n,); advantages: (n,), normalized here."""
+    if len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
@@ -405,26 +378,27 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if os.path.exists(args.save_path or "") and not args.resume:
         sys.exit(f"--save-path {args.save_path}: this file exists")
-    probe = ContinuousEnvs(args.env_id, 1)
-    probe.close()
-    if probe.envs[0].spec.max_episode_steps is None:
-        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
-    spaces, teacher_spaces = [[*probe.obs_shape], probe.action_dim], [network["obs_shape"], network["action_dim"]]
+    try:
+        envs = ContinuousEnvs(args.env_id, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
     if spaces != teacher_spaces:
         sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
+    if envs.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
 
     teacher_actor = MlpActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = MlpActor(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
-        original_teacher.load_state_dict(teacher["actor"])
     except RuntimeError as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
+    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -448,8 +422,6 @@ def main(args):
     if state:
         for name, part in trained.items():
             part.load_state_dict(state[name])
-        if not torch.equal(actor.obs_rms.mean, teacher_actor.obs_rms.mean):
-            sys.exit(f"--teacher {args.teacher}: not the teacher that this run was started with")
         optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -460,23 +432,17 @@ def main(args):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
-        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    envs = ContinuousEnvs(args.env_id, args.num_envs)
-    obs = torch.zeros((args.num_steps, args.num_envs, *envs.obs_shape), device=device)  # normalized
-    actions = torch.zeros((args.num_steps, args.num_envs, envs.action_dim), device=device)
-    student_means = torch.zeros_like(actions)
-    rewards, dones = torch.zeros((2, args.num_steps, args.num_envs))  # dones[t]: an episode ended with step t
     running_return = torch.zeros(args.num_envs, dtype=torch.float64)
-    num_eval_envs = min(args.num_envs, args.eval_episodes)
     lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end  # PPD: default
+    num_eval_envs = min(args.num_envs, args.eval_episodes)
     episodes = deque(maxlen=100)  # return and length
     last_save = 0.0
-    bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
     try:
         raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
         next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
@@ -485,52 +451,56 @@ def main(args):
             start_time = time.time()
 
             # COLLECT: the student acts
+            obs, actions, student_means, rewards, dones = [], [], [], [], []
             with torch.no_grad():
-                for step in range(args.num_steps):
-                    obs[step], student_means[step] = next_obs, actor(next_obs)
-                    actions[step] = actor.policy(student_means[step]).sample()
-                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[step].cpu().numpy())
+                for _ in range(args.num_steps):
+                    obs.append(next_obs)
+                    student_means.append(actor(next_obs))
+                    actions.append(torch.normal(student_means[-1], actor.logstd.exp()))  # faster than policy.sample()
+                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-                    reward, dones[step] = torch.as_tensor(reward), torch.as_tensor(terminated | truncated)
+                    reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
                     if not teacher["return_rms"]:
                         running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
                         return_rms.update(running_return)
-                        running_return *= 1 - dones[step]
-                    rewards[step] = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10)
+                        running_return *= 1 - done
+                    reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
                     timed_out = truncated & ~terminated
                     if timed_out.any():  # a time limit does not end the task: add the value of what follows
                         final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
-                        rewards[step, timed_out] += args.gamma * critic(final_obs).cpu()
+                        reward[timed_out] += args.gamma * critic(final_obs).cpu()
+                    rewards.append(reward)
+                    dones.append(done)
                     episodes.extend(finished.values())
             global_step += batch_size
 
             # ADVANTAGE
             torch.set_num_threads(NUM_CORES)
-            b_obs, b_actions, b_means = obs.flatten(0, 1), actions.flatten(0, 1), student_means.flatten(0, 1)
+            b_obs, b_actions = torch.cat(obs), torch.cat(actions)
             with torch.no_grad():
                 chunks = b_obs.split(args.minibatch_size)
                 b_values = torch.cat([critic(chunk) for chunk in chunks])
                 b_teacher_means = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
-                b_logprobs = actor.policy(b_means).log_prob(b_actions)
-                rollout = rewards.to(device), b_values.view_as(rewards), critic(next_obs), dones.to(device)
+                b_logprobs = actor.policy(torch.cat(student_means)).log_prob(b_actions)
+                rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
+                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
                 b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
             progress = min(global_step / args.total_timesteps, 1)
             distill_lambda = args.distill_lambda + progress * (lambda_end - args.distill_lambda)  # PPD: λ
-            metrics = defaultdict(list)
+            metrics = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
                     student_policy = actor.policy(actor(b_obs[mb]))
                     teacher_policy = teacher_actor.policy(b_teacher_means[mb])  # PPD: in the same states
-                    if args.kl == "forward":  # PPD: the paper's KL
-                        kl = kl_divergence(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
-                    else:  # PPD: an option of the paper's library
+                    kl = kl_divergence(teacher_policy, student_policy)  # PPD: KL(teacher ‖ student), (n,)
+                    if args.kl == "reverse":  # PPD: an option of the paper's library
                         kl = kl_divergence(student_policy, teacher_policy)  # PPD: KL(student ‖ teacher), (n,)
                     logratio = student_policy.log_prob(b_actions[mb]) - b_logprobs[mb]
 
-                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef, args.norm_adv)
+                    pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef)
                     kl_loss = distill_loss(logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
                     entropy = student_policy.entropy().mean()
                     v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
@@ -550,13 +520,13 @@ def main(args):
                         "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
                         "grad_norm": grad_norm,
                     }
-                    for name, term in terms.items():
-                        metrics[name].append(term.detach())
+                    metrics.append(torch.stack([*terms.values()]).detach())
             train_seconds += time.time() - start_time
             torch.set_num_threads(1)
 
             # LOG
-            logs = {f"losses/{name}": torch.stack(terms).mean().item() for name, terms in metrics.items()}
+            averages = torch.stack(metrics).mean(0).tolist()
+            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
@@ -577,9 +547,8 @@ def main(args):
             # SAVE
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
-                state.update(script=SCRIPT, args=dataclasses.asdict(args), global_step=global_step)
-                state.update(train_seconds=train_seconds, eval_curve=eval_curve)
-                state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
+                state.update(eval_curve=eval_curve, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
                 save(f"{run_folder}/checkpoint.pt", state)
                 last_save = time.time()
 
@@ -598,7 +567,7 @@ def main(args):
         writer.add_scalar("charts/teacher_return", teacher_return, global_step)
         writer.add_scalar("charts/eval_return", student_return, global_step)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=dataclasses.asdict(args), versions=versions)
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
@@ -608,13 +577,11 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()
         writer.close()
-        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ critic is fitted to the teacher's values. The teacher's observation statistics a
 """
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -26,8 +27,7 @@ import random
 import signal
 import sys
 import time
-import warnings
-from collections import defaultdict, deque
+from collections import deque
 from typing import Literal
 
 import ale_py
@@ -43,9 +43,7 @@ from tqdm import tqdm
 
 SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
-PIPES = []  # this process's ends of the pipes to all workers
 Distribution.set_default_validate_args(False)  # saves time
-warnings.filterwarnings("ignore", ".*out of date")  # gymnasium says so of the paper's environments, -v4
 PROCGEN_GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
 PROCGEN_GAMES += "miner ninja plunder starpilot".split()
 SIZES = {  # the paper, Table 4: kind of network, filters and hidden units
@@ -57,19 +55,11 @@ SIZES = {  # the paper, Table 4: kind of network, filters and hidden units
     },
 }
 HUMAN_SCORES = {  # of random play and of humans (Agent57, https://arxiv.org/abs/2003.13350)
-    "atlantis": (12850, 29028.1),
-    "beam_rider": (363.9, 16926.5),
-    "breakout": (1.7, 30.5),
-    "crazy_climber": (10780.5, 35829.4),
-    "demon_attack": (152.1, 1971),
-    "enduro": (0, 860.5),
-    "freeway": (0, 29.6),
-    "ms_pacman": (307.3, 6951.6),
-    "pong": (-20.7, 14.6),
-    "qbert": (163.9, 13455),
-    "seaquest": (68.4, 42054.7),
-    "zaxxon": (32.5, 9173.3),
-}
+    "atlantis": (12850, 29028.1), "beam_rider": (363.9, 16926.5), "breakout": (1.7, 30.5),
+    "crazy_climber": (10780.5, 35829.4), "demon_attack": (152.1, 1971), "enduro": (0, 860.5),
+    "freeway": (0, 29.6), "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6),
+    "qbert": (163.9, 13455), "seaquest": (68.4, 42054.7), "zaxxon": (32.5, 9173.3),
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -83,11 +73,7 @@ class Args:
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "ppd"
-    """project in Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) in Weights and Biases"""
+    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
 
     # Distillation
     teacher: str | None = None
@@ -139,102 +125,29 @@ class Args:
 
 
 def make_env(env_id):
-    try:
-        env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {env_id}: {error}")
+    env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
     return env
 
 
-class ContinuousEnvs:
-    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
-    the first share, a worker process each of the others. Their number changes no result, unless
-    environments draw from the global generators."""
+def reset_envs(envs, seeds):
+    random.seed(int(seeds[0]))  # for environments that draw from the global generators
+    np.random.seed(seeds[0])
+    return [np.array([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)])]
 
-    def __init__(self, env_id, num_envs, num_shares=None):
-        self.num_envs, self.envs, self.pipes, self.workers = num_envs, [], [], []
-        self.global_states = random.getstate(), np.random.get_state()
-        first_share, *shares = np.array_split(range(num_envs), min(num_envs, num_shares or NUM_CORES))
-        self.slices = [slice(share[0], share[-1] + 1) for share in shares]
-        try:
-            for _ in first_share:
-                self.envs.append(make_env(env_id))
-            for share in shares:
-                pipe, worker_pipe = multiprocessing.Pipe()
-                self.pipes.append(pipe)
-                PIPES.append(pipe)
-                arguments = (worker_pipe, PIPES, env_id, len(share))
-                self.workers.append(multiprocessing.Process(target=work, args=arguments, daemon=True))
-                self.workers[-1].start()
-                worker_pipe.close()
-            self.receive_all()
-        except BaseException:
-            self.close()
-            raise
-        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
-        self.action_dim = self.action_space.shape[0]
 
-    def receive_all(self):
-        try:
-            return [receive(pipe) for pipe in self.pipes]
-        except (EOFError, ConnectionError):
-            sys.exit("error: a worker process of the environments has ended; its error is above")
-
-    def call(self, method, argument):
-        """Call a method for every share with the share's part of the argument, and join the arrays that come back."""
-        for pipe, part in zip(self.pipes, self.slices, strict=True):
-            pipe.send((method, argument[part]))
-        results = [getattr(self, method)(argument[: len(self.envs)]), *self.receive_all()]
-        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
-
-    def reset_share(self, seeds):
-        random.seed(int(seeds[0]))  # for environments that draw from the global generators
-        np.random.seed(seeds[0])
-        return [np.array([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])]
-
-    def step_share(self, actions):
-        steps = []
-        for env, action in zip(self.envs, actions, strict=True):
-            obs, reward, terminated, truncated, _ = env.step(action)
-            final_obs = obs
-            if terminated or truncated:
-                final_obs = np.array(obs)  # a copy: reset may write into obs
-                obs, _ = env.reset()
-            steps.append((obs, float(reward), terminated, truncated, final_obs))
-        return [np.array(column) for column in zip(*steps, strict=True)]
-
-    def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        return self.call("reset_share", np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
-
-    def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
-        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
-        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
-        actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        obs, rewards, terminated, truncated, self.final_obs = self.call("step_share", actions)
-        self.returns += rewards
-        self.lengths += 1
-        ended = np.flatnonzero(terminated | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
-        return obs, rewards, terminated, truncated, finished
-
-    def close(self):
-        for pipe in self.pipes:
-            pipe.close()
-            PIPES.remove(pipe)
-        for worker in self.workers:
-            if worker.pid:  # it has started
-                worker.join()
-        for env in self.envs:
-            env.close()
-        random.setstate(self.global_states[0])
-        np.random.set_state(self.global_states[1])
+def step_envs(envs, actions):
+    steps = []
+    for env, action in zip(envs, actions, strict=True):
+        obs, reward, terminated, truncated, _ = env.step(action)
+        final_obs = obs
+        if terminated or truncated:
+            final_obs = np.array(obs)  # a copy: reset may write into obs
+            obs, _ = env.reset()
+        steps.append((obs, float(reward), terminated, truncated, final_obs))
+    return [np.array(column) for column in zip(*steps, strict=True)]
 
 
 def receive(pipe):
@@ -243,25 +156,81 @@ def receive(pipe):
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        sys.exit("error: the process at the other end of a pipe has ended; the error of a worker process is above")
 
 
-def work(pipe, inherited_pipes, env_id, num_envs):
-    """A worker process: call the methods that the messages name, until the parent closes the pipe or dies."""
+def work(pipe, parent_pipe, env_id, num_envs):
+    """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
     torch.set_num_threads(1)  # an environment that uses torch would wait for threads that a fork does not have
-    for inherited_pipe in inherited_pipes:
-        inherited_pipe.close()  # else the workers of a killed parent keep each other alive
-    with contextlib.closing(ContinuousEnvs(env_id, num_envs, num_shares=1)) as envs:
-        result = "ready"
+    parent_pipe.close()  # else the end of the parent would not be seen
+    envs = [make_env(env_id) for _ in range(num_envs)]
+    try:
         while True:
-            try:
-                pipe.send(result)
-                method, argument = receive(pipe)
-            except (EOFError, ConnectionError):
-                break
-            result = getattr(envs, method)(argument)
+            function, argument = receive(pipe)
+            pipe.send(function(envs, argument))
+    finally:
+        for env in envs:
+            env.close()
+
+
+class ContinuousEnvs:
+    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
+    the first share, a worker process each of the others. Their number changes no result, unless environments draw from
+    the global generators."""
+
+    def __init__(self, env_id, num_envs):
+        self.num_envs = num_envs
+        first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [make_env(env_id) for _ in first_share]
+        self.workers = []  # process, pipe to it, slice of the environments
+        for share in shares:
+            pipe, worker_pipe = multiprocessing.Pipe()
+            args = (worker_pipe, pipe, env_id, len(share))
+            process = multiprocessing.Process(target=work, args=args, daemon=True)
+            process.start()
+            worker_pipe.close()
+            self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        self.action_dim = self.action_space.shape[0]
+
+    def call(self, function, argument):
+        """Call a function for each share with its part of the argument, and join the arrays that come back."""
+        for _, pipe, part in self.workers:
+            pipe.send((function, argument[part]))
+        results = [function(self.envs, argument[: len(self.envs)])]
+        results += [receive(pipe) for _, pipe, _ in self.workers]
+        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+    def reset(self, seed):
+        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
+
+    def step(self, actions):
+        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
+        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
+        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
+        actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
+        self.returns += rewards
+        self.lengths += 1
+        ended = np.flatnonzero(terminated | truncated)
+        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
+        self.returns[ended], self.lengths[ended] = 0, 0
+        return obs, rewards, terminated, truncated, finished
+
+    def close(self):
+        for process, pipe, _ in self.workers:
+            process.terminate()
+            process.join()
+            pipe.close()
+        for env in self.envs:
+            env.close()
 
 
 class AtariEnvs:
@@ -274,10 +243,7 @@ class AtariEnvs:
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
         gym.register_envs(ale_py)
-        try:
-            spec = gym.spec(env_id).kwargs
-        except gym.error.Error as error:
-            sys.exit(f"--env-id {env_id}: {error}")
+        spec = gym.spec(env_id).kwargs
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = spec["game"]
@@ -553,10 +519,8 @@ def load(flag, path, wanted, **fields):
 
 @torch.no_grad()
 def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes, close the environments, and return {"mean", "std", "returns"} of the scores.
-
-    Each environment plays a fixed number of episodes: the first ones to end would be the short ones. torch's random
-    state stays as it is."""
+    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
+    them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
     returns, num_steps = [[] for _ in quotas], 0
     bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
@@ -618,13 +582,15 @@ def main(args):
     if args.eval_episodes < 1:
         sys.exit("--eval-episodes: at least 1")
     batch_size = args.num_envs * args.num_steps
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if os.path.exists(args.save_path or "") and not args.resume:
         sys.exit(f"--save-path {args.save_path}: this file exists")
-    probe = make_envs(args, 1)
-    probe.close()
-    if suite == "continuous" and probe.envs[0].spec.max_episode_steps is None:
+    try:
+        envs = make_envs(args, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
-    spaces, teacher_spaces = [[*probe.obs_shape], probe.action_dim], [network["obs_shape"], network["action_dim"]]
+    spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
     if suite != teacher["suite"] or spaces != teacher_spaces:
         sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -638,13 +604,12 @@ def main(args):
         torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
 
     teacher_actor, teacher_critic = make_networks(network)  # TD: the teacher
-    original_teacher, _ = make_networks(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
         teacher_critic.load_state_dict(teacher["critic"])
-        original_teacher.load_state_dict(teacher["actor"])
     except (KeyError, RuntimeError) as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
+    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -666,8 +631,6 @@ def main(args):
     if state:
         for name, part in trained.items():
             part.load_state_dict(state[name])
-        if suite == "continuous" and not torch.equal(actor.obs_rms.mean, teacher_actor.obs_rms.mean):
-            sys.exit(f"--teacher {args.teacher}: not the teacher that this run was started with")
         optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -678,17 +641,15 @@ def main(args):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
-        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    envs = make_envs(args, args.num_envs)
     episodes = deque(maxlen=100)  # return and length
-    metrics = defaultdict(list)
+    metrics = []
     last_save = 0.0
-    bar = tqdm(total=math.ceil(args.total_timesteps / batch_size) * batch_size, initial=global_step, mininterval=1)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
     try:
         raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
         next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
@@ -724,8 +685,7 @@ def main(args):
             optimizer.step()
 
             terms = {"distill_kl": kl_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
-            for name, term in terms.items():
-                metrics[name].append(term.detach())
+            metrics.append(torch.stack([*terms.values()]).detach())
             train_seconds += time.time() - start_time
             bar.update(batch_size)
 
@@ -735,7 +695,8 @@ def main(args):
             is_save = time.time() - last_save > args.save_interval or is_last
             if global_step // batch_size % 50 and not is_evaluation and not is_save:
                 continue
-            logs = {f"losses/{name}": torch.stack(terms).mean().item() for name, terms in metrics.items()}
+            averages = torch.stack(metrics).mean(0).tolist()
+            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             metrics.clear()
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
@@ -759,9 +720,8 @@ def main(args):
             # SAVE
             if is_save:
                 state = {name: part.state_dict() for name, part in trained.items()}
-                state.update(script=SCRIPT, args=dataclasses.asdict(args), global_step=global_step)
-                state.update(train_seconds=train_seconds, eval_curve=eval_curve)
-                state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
+                state.update(eval_curve=eval_curve, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
                 save(f"{run_folder}/checkpoint.pt", state)
                 last_save = time.time()
 
@@ -783,7 +743,7 @@ def main(args):
         for name, tag in (("teacher", "charts/teacher_return"), ("student", "charts/eval_return")):
             writer.add_scalar(tag, scores[name].get("test", scores[name])["mean"], global_step)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=dataclasses.asdict(args), versions=versions)
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
@@ -793,13 +753,11 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()
         writer.close()
-        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ REFUSALS = {
     "minibatch larger than rollout": (dict(minibatch_size=49), ["--minibatch-size", "48"]),
     "existing file": (dict(save_path="teacher.pt"), ["--save-path teacher.pt", "exists"]),
     "no episodes": (dict(eval_episodes=0), ["--eval-episodes"]),
-    "unknown environment": (dict(env_id="Hoper-v4"), ["--env-id Hoper-v4"]),
+    "unknown environment": (dict(env_id="Hoper-v4"), ["--env-id Hoper-v4: "]),
 }
 
 
