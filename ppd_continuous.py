@@ -16,7 +16,6 @@ statistics, they are the student's, and move.
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -394,11 +393,12 @@ def main(args):
     torch.manual_seed(args.seed)
 
     teacher_actor = MlpActor(network).requires_grad_(False)  # PPD: the teacher
+    original_teacher = MlpActor(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
+        original_teacher.load_state_dict(teacher["actor"])
     except RuntimeError as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
-    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)

@@ -14,7 +14,6 @@ after the rollout, rewards are scaled by a running standard deviation, and actor
 """
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -371,11 +370,12 @@ def main(args):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
+    original_teacher = CnnActor(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
+        original_teacher.load_state_dict(teacher["actor"])
     except RuntimeError as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
-    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)

@@ -13,7 +13,6 @@ the teacher's values. The teacher's observation statistics are frozen.
 """
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -603,12 +602,13 @@ def main(args):
         torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
 
     teacher_actor, teacher_critic = make_networks(network)  # SD: the teacher
+    original_teacher, _ = make_networks(network)
     try:
         teacher_actor.load_state_dict(teacher["actor"])
         teacher_critic.load_state_dict(teacher["critic"])
+        original_teacher.load_state_dict(teacher["actor"])
     except (KeyError, RuntimeError) as error:
         sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
-    original_teacher = copy.deepcopy(teacher_actor)
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # SD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
