@@ -391,12 +391,13 @@ def main(args):
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
+    student_network = network
     if args.student_size != "same":
         kind, hidden = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}[
             args.student_size
         ]
-        network = {**network, "kind": kind, "actor_hidden": hidden, "critic_hidden": hidden}
-    actor, critic, return_rms = CnnActor(network), CnnCritic(network), RunningMeanStd()
+        student_network = {**network, "kind": kind, "actor_hidden": hidden, "critic_hidden": hidden}
+    actor, critic, return_rms = CnnActor(student_network), CnnCritic(student_network), RunningMeanStd()
     for module in (teacher_actor, original_teacher, actor, critic):
         module.to(device)
     if args.compile:
@@ -505,10 +506,10 @@ def main(args):
                         "grad_norm": grad_norm,
                     }
                     metrics.append(torch.stack([*terms.values()]).detach())
+            averages = torch.stack(metrics).mean(0).tolist()
             train_seconds += time.time() - start_time
 
             # LOG
-            averages = torch.stack(metrics).mean(0).tolist()
             logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
@@ -560,7 +561,7 @@ def main(args):
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
         policy = {name: trained[name].state_dict() for name in ("actor", "critic", "return_rms")}
-        policy.update(format=1, suite="atari", network=network, score=scores["student"], **facts)
+        policy.update(format=1, suite="atari", network=student_network, score=scores["student"], **facts)
         save_path = args.save_path or f"{run_folder}/student.pt"
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")

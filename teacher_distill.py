@@ -123,14 +123,6 @@ class Args:
     """run folder to continue, with its arguments; those given on the command line replace them"""
 
 
-def make_env(env_id):
-    env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
-    return env
-
-
 def reset_envs(envs, seeds):
     random.seed(int(seeds[0]))  # for environments that draw from the global generators
     np.random.seed(seeds[0])
@@ -150,7 +142,7 @@ def step_envs(envs, actions):
 
 
 def receive(pipe):
-    """Wait for a message. Waking up takes as long as a step of Hopper, so do not fall asleep for the first 3 ms."""
+    """Wait for a message. Stay awake for the first 3 ms: waking up takes as long as a step of Hopper."""
     awake_until = time.perf_counter() + 0.003
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
@@ -158,16 +150,16 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: the process at the other end of a pipe has ended; the error of a worker process is above")
+        sys.exit("error: the other process of the environments has ended; if it is a worker, its error is above")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
-    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that a fork does not have
+    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that do not survive a fork
     parent_pipe.close()  # else the end of the parent would not be seen
-    envs = [make_env(env_id) for _ in range(num_envs)]
+    envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
     try:
         while True:
             function, argument = receive(pipe)
@@ -185,17 +177,20 @@ class ContinuousEnvs:
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [make_env(env_id) for _ in first_share]
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in first_share]  # the checker takes time
+        self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
+        for space in (obs_space, self.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
+        self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
         self.workers = []  # process, pipe to it, slice of the environments
         for share in shares:
             pipe, worker_pipe = multiprocessing.Pipe()
-            args = (worker_pipe, pipe, env_id, len(share))
-            process = multiprocessing.Process(target=work, args=args, daemon=True)
+            arguments = (worker_pipe, pipe, env_id, len(share))
+            process = multiprocessing.Process(target=work, args=arguments, daemon=True)
             process.start()
             worker_pipe.close()
             self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
-        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
-        self.action_dim = self.action_space.shape[0]
 
     def call(self, function, argument):
         """Call a function for each share with its part of the argument, and join the arrays that come back."""
@@ -211,9 +206,9 @@ class ContinuousEnvs:
         return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
 
     def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
-        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
-        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
+        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), rewards, terminated, truncated
+        (num_envs,), and {environment: (return, length)} of the episodes that have ended. There, the observation is the
+        first of the next episode, and final_obs (num_envs, *obs_shape) has the last."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
         self.returns += rewards
@@ -375,7 +370,7 @@ def layer_init(layer, std=2**0.5):
 
 
 def mlp(network, hidden, num_outputs, output_std):
-    """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
+    """A multilayer perceptron. `network` is the description of the networks in a policy file."""
     activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
     sizes = [*network["obs_shape"], *hidden]
     layers = []
@@ -613,10 +608,17 @@ def main(args):
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
+    student_network = network
     if args.student_size != "same":
         kind, hidden = SIZES["continuous" if suite == "continuous" else "games"][args.student_size]
-        network = {**network, "kind": kind, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
-    actor, critic = make_networks(network)
+        student_network = {
+            **network,
+            "kind": kind,
+            "activation": "relu",
+            "actor_hidden": hidden,
+            "critic_hidden": hidden,
+        }
+    actor, critic = make_networks(student_network)
     for name, statistics in teacher_actor.named_buffers():  # TD: the teacher's observation statistics, frozen
         actor.get_buffer(name).copy_(statistics)
     for module in (teacher_actor, teacher_critic, original_teacher, actor, critic):
@@ -748,7 +750,7 @@ def main(args):
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
         policy = {"actor": actor.state_dict(), "critic": critic.state_dict(), "return_rms": teacher["return_rms"]}
-        policy.update(format=1, suite=suite, network=network, score=scores["student"], **facts)
+        policy.update(format=1, suite=suite, network=student_network, score=scores["student"], **facts)
         save_path = args.save_path or f"{run_folder}/student.pt"
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")

@@ -135,14 +135,6 @@ class Args:
     """run folder to continue, with its arguments; those given on the command line replace them"""
 
 
-def make_env(env_id):
-    env = gym.make(env_id, disable_env_checker=True)  # the checker takes time in every step
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
-    return env
-
-
 def reset_envs(envs, seeds):
     random.seed(int(seeds[0]))  # for environments that draw from the global generators
     np.random.seed(seeds[0])
@@ -162,7 +154,7 @@ def step_envs(envs, actions):
 
 
 def receive(pipe):
-    """Wait for a message. Waking up takes as long as a step of Hopper, so do not fall asleep for the first 3 ms."""
+    """Wait for a message. Stay awake for the first 3 ms: waking up takes as long as a step of Hopper."""
     awake_until = time.perf_counter() + 0.003
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
@@ -170,16 +162,16 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: the process at the other end of a pipe has ended; the error of a worker process is above")
+        sys.exit("error: the other process of the environments has ended; if it is a worker, its error is above")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
-    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that a fork does not have
+    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that do not survive a fork
     parent_pipe.close()  # else the end of the parent would not be seen
-    envs = [make_env(env_id) for _ in range(num_envs)]
+    envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
     try:
         while True:
             function, argument = receive(pipe)
@@ -197,17 +189,20 @@ class ContinuousEnvs:
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
         first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [make_env(env_id) for _ in first_share]
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in first_share]  # the checker takes time
+        self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
+        for space in (obs_space, self.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
+        self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
         self.workers = []  # process, pipe to it, slice of the environments
         for share in shares:
             pipe, worker_pipe = multiprocessing.Pipe()
-            args = (worker_pipe, pipe, env_id, len(share))
-            process = multiprocessing.Process(target=work, args=args, daemon=True)
+            arguments = (worker_pipe, pipe, env_id, len(share))
+            process = multiprocessing.Process(target=work, args=arguments, daemon=True)
             process.start()
             worker_pipe.close()
             self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
-        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
-        self.action_dim = self.action_space.shape[0]
 
     def call(self, function, argument):
         """Call a function for each share with its part of the argument, and join the arrays that come back."""
@@ -223,9 +218,9 @@ class ContinuousEnvs:
         return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
 
     def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), those of the next episode where
-        one has ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that
-        have ended. The last observations of these are in final_obs (num_envs, *obs_shape)."""
+        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), rewards, terminated, truncated
+        (num_envs,), and {environment: (return, length)} of the episodes that have ended. There, the observation is the
+        first of the next episode, and final_obs (num_envs, *obs_shape) has the last."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
         self.returns += rewards
@@ -387,7 +382,7 @@ def layer_init(layer, std=2**0.5):
 
 
 def mlp(network, hidden, num_outputs, output_std):
-    """A multilayer perceptron for the observations of `network`, the description of the networks in a policy file."""
+    """A multilayer perceptron. `network` is the description of the networks in a policy file."""
     activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
     sizes = [*network["obs_shape"], *hidden]
     layers = []
@@ -727,11 +722,11 @@ def main(args):
                         "grad_norm": grad_norm,
                     }
                     metrics.append(torch.stack([*terms.values()]).detach())
+            averages = torch.stack(metrics).mean(0).tolist()
             train_seconds += time.time() - start_time
             torch.set_num_threads(collect_threads)
 
             # LOG
-            averages = torch.stack(metrics).mean(0).tolist()
             logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
