@@ -298,7 +298,7 @@ class ProcgenEnvs:
             from procgen import ProcgenGym3Env
             from procgen.env import ENV_NAMES
         except (ImportError, OSError) as error:
-            sys.exit(f"--env-id {env_id}: cannot import procgen ({error}); see Procgen in README.md")
+            sys.exit(f"--env-id {env_id}: procgen needs Python 3.10 to 3.12, Linux on x86-64, and libGL: {error}")
         if env_id not in ENV_NAMES:
             sys.exit(f"--env-id {env_id}: the games of Procgen are {', '.join(ENV_NAMES)}")
         levels = {"num_levels": num_levels, "start_level": start_level, "distribution_mode": distribution_mode}

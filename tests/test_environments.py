@@ -5,7 +5,6 @@ import multiprocessing
 
 import gymnasium as gym
 import numpy as np
-import procgen
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
@@ -274,6 +273,8 @@ def test_human_scores():
 def test_procgen_itself(monkeypatch, game):
     """Pixels, rewards and ends are Procgen's for the same seed, with channels first. Rewards that come with `first` are
     those of the level that has ended."""
+    import procgen
+
     original, made = procgen.ProcgenGym3Env, []
     monkeypatch.setattr(
         procgen, "ProcgenGym3Env", lambda *a, **options: made.append(options) or original(*a, **options)
@@ -304,7 +305,7 @@ def levels_of(envs, steps=300):
     return seeds
 
 
-def test_levels_of_training_and_unseen_ones():
+def test_procgen_levels_of_training_and_unseen_ones():
     args = PROCGEN.args(env_id="coinrun")
     assert (args.num_levels, args.start_level, args.distribution_mode) == (200, 0, "easy")
     training, unseen = (levels_of(PROCGEN.module.make_envs(args, 16, unseen=unseen)) for unseen in (False, True))
@@ -346,7 +347,7 @@ def test_every_environment_plays_its_quota(monkeypatch, episodes):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_actions_of_an_evaluation(monkeypatch, deterministic):
+def test_actions_of_an_evaluation_of_procgen(monkeypatch, deterministic):
     """The likeliest ones, or samples of the policy, the same each time."""
     actor, args = PROCGEN.Actor(NETWORKS["procgen"]), PROCGEN.args(eval_episodes=8, env_id="starpilot")
     logits, steps = record(monkeypatch, PROCGEN.Actor, "forward"), record(monkeypatch, PROCGEN.Envs, "step")
