@@ -560,7 +560,7 @@ def main(args):
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {name: trained[name].state_dict() for name in ("actor", "critic", "return_rms")}
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
         policy.update(format=1, suite="atari", network=student_network, score=scores["student"], **facts)
         save_path = args.save_path or f"{run_folder}/student.pt"
         save(save_path, policy)

@@ -749,8 +749,9 @@ def main(args):
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {"actor": actor.state_dict(), "critic": critic.state_dict(), "return_rms": teacher["return_rms"]}
-        policy.update(format=1, suite=suite, network=student_network, score=scores["student"], **facts)
+        policy = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict()}
+        policy.update(return_rms=teacher["return_rms"], format=1, suite=suite, network=student_network)
+        policy.update(score=scores["student"], **facts)
         save_path = args.save_path or f"{run_folder}/student.pt"
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")

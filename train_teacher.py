@@ -765,7 +765,7 @@ def main(args):
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), teacher=teacher_score)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {name: trained[name].state_dict() for name in ("actor", "critic", "return_rms")}
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
         policy.update(format=1, suite=suite, network=network, score=teacher_score, **facts)
         save_path = args.save_path or f"{run_folder}/teacher.pt"
         save(save_path, policy)

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, the same seed, resuming, kills, the teacher's part, numbers that are not finite."""
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import helpers
 import numpy as np
@@ -121,6 +123,26 @@ def test_settings_of_the_paper(folder, monkeypatch, case):
     assert args.items() <= vars(found[-1][1]).items()
 
 
+@by_case(CASES)
+def test_one_update_on_another_device(folder, monkeypatch, case):
+    """In place of a GPU, "meta": its tensors have shapes and types but no numbers, and come back as zeros. An operation
+    on tensors of two devices is an error."""
+    make_teacher(case.suite)
+    helpers.skip_evaluation(monkeypatch, case)
+    monkeypatch.setattr(case.module, "save", lambda *_: None)
+    changes = {"device": lambda kind: torch.device("meta"), "autocast": lambda *_, **__: contextlib.nullcontext()}
+    monkeypatch.setattr(case.module, "torch", types.SimpleNamespace(**{**vars(torch), **changes}))
+    cpu, tolist, backward, Adam = torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.backward, torch.optim.Adam
+    losses = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else cpu(t))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: tolist(t.cpu()))
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: tolist(t.cpu()))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t: losses.append(t.device.type) or backward(t))
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused, **options: Adam(parameters, **options))
+    case.run(total_timesteps=case.batch)
+    assert set(losses) == {"meta"}
+
+
 OTHER_SYSTEM = """# Read by every Python process at its start.
 import multiprocessing, os, platform
 for name in ("fork", "forkpty", "sched_yield", "sched_getaffinity", "wait4"):
@@ -139,8 +161,8 @@ def test_start_methods_and_other_systems(folder, monkeypatch):
     for kind, text in {**STARTS, "other system": OTHER_SYSTEM}.items():
         pathlib.Path("sitecustomize.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
-        flags = "--teacher teacher.pt --num-envs 4 --minibatch-size 99 --total-timesteps 300 --eval-episodes 2 --save-path".split()
-        process = launch("ppd_continuous.py", *flags, f"{kind}.pt")
+        flags = "--teacher teacher.pt --num-envs 4 --minibatch-size 99 --total-timesteps 300 --eval-episodes 2".split()
+        process = launch("ppd_continuous.py", *flags, "--save-path", f"{kind}.pt")
         assert process.wait(120) == 0, process.communicate()
         policies.append(load(f"{kind}.pt"))
     assert all(helpers.same_networks(policies[0], policy) for policy in policies[1:])
