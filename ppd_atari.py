@@ -364,7 +364,7 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not args.resume:
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = AtariEnvs(args.env_id, args.num_envs)
@@ -393,10 +393,9 @@ def main(args):
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
     student_network = network
     if args.student_size != "same":
-        kind, hidden = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}[
-            args.student_size
-        ]
-        student_network = {**network, "kind": kind, "actor_hidden": hidden, "critic_hidden": hidden}
+        sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
+        kind, hidden = sizes[args.student_size]
+        student_network = dict(network, kind=kind, actor_hidden=hidden, critic_hidden=hidden)
     actor, critic, return_rms = CnnActor(student_network), CnnCritic(student_network), RunningMeanStd()
     for module in (teacher_actor, original_teacher, actor, critic):
         module.to(device)

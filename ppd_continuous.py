@@ -372,7 +372,7 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not args.resume:
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = ContinuousEnvs(args.env_id, args.num_envs)
@@ -400,7 +400,7 @@ def main(args):
     student_network = network
     if args.student_size != "same":
         hidden = {"smaller": [128, 64], "larger": [512, 512]}[args.student_size]
-        student_network = {**network, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
+        student_network = dict(network, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic, return_rms = MlpActor(student_network), MlpCritic(student_network), RunningMeanStd()
     for name, statistics in teacher_actor.named_buffers():  # PPD: the teacher's observation statistics, frozen
         actor.get_buffer(name).copy_(statistics)

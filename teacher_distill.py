@@ -568,15 +568,14 @@ def main(args):
     teacher = load("--teacher", args.teacher, wanted, format=1)
     network = teacher["network"]
     state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    env_id = args.env_id or teacher["env_id"]
-    suite = suite_of(env_id)
-    args = dataclasses.replace(args, env_id=env_id)
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    suite = suite_of(args.env_id)
     if args.eval_episodes is None:
         args.eval_episodes = 200 if suite == "procgen" else 50
     if args.eval_episodes < 1:
         sys.exit("--eval-episodes: at least 1")
     batch_size = args.num_envs * args.num_steps
-    if os.path.exists(args.save_path or "") and not args.resume:
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = make_envs(args, args.num_envs)
@@ -611,13 +610,7 @@ def main(args):
     student_network = network
     if args.student_size != "same":
         kind, hidden = SIZES["continuous" if suite == "continuous" else "games"][args.student_size]
-        student_network = {
-            **network,
-            "kind": kind,
-            "activation": "relu",
-            "actor_hidden": hidden,
-            "critic_hidden": hidden,
-        }
+        student_network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic = make_networks(student_network)
     for name, statistics in teacher_actor.named_buffers():  # TD: the teacher's observation statistics, frozen
         actor.get_buffer(name).copy_(statistics)

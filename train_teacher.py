@@ -598,7 +598,7 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not args.resume:
+    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = make_envs(args, args.num_envs)

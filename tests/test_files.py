@@ -10,7 +10,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import CASES, DISTILLING, NETWORKS, QUICK, assert_close, by_case, load, make_teacher, refused, run_command
+from helpers import (
+    CASES,
+    DISTILLING,
+    NETWORKS,
+    PPD,
+    QUICK,
+    assert_close,
+    by_case,
+    load,
+    make_teacher,
+    refused,
+    run_command,
+)
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -183,3 +195,12 @@ def test_kill_while_saving(folder):
         assert (content["x"] == content["i"]).all()
         reached.add(content["i"])
     assert max(reached) > 1
+
+
+def test_a_resumed_run_overwrites_only_its_own_policy(folder, capsys):
+    make_teacher()
+    made = str(PPD.run(save_path="mine.pt"))
+    with refused(capsys, "--save-path teacher.pt", "exists"):
+        PPD.run(resume=made, save_path="teacher.pt")
+    PPD.run(resume=made, save_path="mine.pt", total_timesteps=144)
+    assert load("mine.pt")["global_step"] == 144
