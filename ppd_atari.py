@@ -391,7 +391,7 @@ def main(args):
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
-    student_network = network
+    student_network = network  # PPD: the student's size
     if args.student_size != "same":
         sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
         kind, hidden = sizes[args.student_size]

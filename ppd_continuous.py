@@ -11,8 +11,8 @@ The student learns by PPO from its own rollouts and rewards, and is drawn to the
 What is not plain PPO is marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from CleanRL's:
 episodes cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning rate is
 constant, and log-probabilities and values are computed after the rollout. Observations and rewards are scaled by the
-teacher's statistics, which stay fixed (for rewards that is our reading of the paper); where a teacher has no reward
-statistics, they are the student's, and move.
+teacher's statistics, which stay fixed (for rewards that is our reading of the paper). If the teacher has no reward
+statistics, the student keeps its own, and they change.
 """
 
 import contextlib
@@ -397,7 +397,7 @@ def main(args):
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
-    student_network = network
+    student_network = network  # PPD: the student's size
     if args.student_size != "same":
         hidden = {"smaller": [128, 64], "larger": [512, 512]}[args.student_size]
         student_network = dict(network, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
@@ -578,6 +578,7 @@ def main(args):
         bar.close()
         envs.close()
         writer.close()
+        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":

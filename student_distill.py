@@ -606,7 +606,7 @@ def main(args):
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # SD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
-    student_network = network
+    student_network = network  # SD: the student's size
     if args.student_size != "same":
         kind, hidden = SIZES["continuous" if suite == "continuous" else "games"][args.student_size]
         student_network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
@@ -748,6 +748,7 @@ def main(args):
         bar.close()
         envs.close()
         writer.close()
+        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":

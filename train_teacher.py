@@ -776,6 +776,7 @@ def main(args):
         bar.close()
         envs.close()
         writer.close()
+        torch.set_num_threads(NUM_CORES)
 
 
 if __name__ == "__main__":
