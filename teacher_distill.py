@@ -749,7 +749,8 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}")
+        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
+        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
     finally:
         bar.close()
         envs.close()

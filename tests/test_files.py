@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import random
+import sys
 import time
 
 import numpy as np
@@ -204,3 +205,11 @@ def test_a_resumed_run_overwrites_only_its_own_policy(folder, capsys):
         PPD.run(resume=made, save_path="teacher.pt")
     PPD.run(resume=made, save_path="mine.pt", total_timesteps=144)
     assert load("mine.pt")["global_step"] == 144
+
+
+@by_case([case for case in CASES if case.suite == "procgen"])
+def test_without_procgen(folder, capsys, monkeypatch, case):
+    make_teacher("procgen")
+    monkeypatch.setitem(sys.modules, "procgen", None)
+    with refused(capsys, "--env-id starpilot", "procgen needs Python 3.10 to 3.12", "Linux"):
+        case.run()
