@@ -74,6 +74,8 @@ class Args:
     """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
     """forward: KL(teacher ‖ student), as in the paper; reverse: KL(student ‖ teacher)"""
+    ratio_grad: bool = True
+    """let the gradient of the distillation loss flow through the ratio ρ too, as in the paper"""
     teacher_noise: float = 0.0
     """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
 
@@ -105,7 +107,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient of actor and critic together"""
     compile: bool = False
-    """compile the student's networks"""
+    """compile the student's networks and the losses"""
     amp: bool = False
     """compute the networks in bfloat16"""
 
@@ -348,7 +350,7 @@ def categorical_kl(p, q):
 
 
 def distill_loss(logratio, kl, clip_coef):  # PPD: the distillation loss
-    """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors.
+    """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors, unless logratio is detached.
 
     logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
     return (kl * logratio.exp().clamp(min=1 - clip_coef)).mean()
@@ -402,6 +404,8 @@ def main(args):
     if args.compile:
         actor.compile()
         critic.compile()
+        global ppo_loss, distill_loss
+        ppo_loss, distill_loss = torch.compile(ppo_loss), torch.compile(distill_loss)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
@@ -411,7 +415,7 @@ def main(args):
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
@@ -485,7 +489,8 @@ def main(args):
                     logratio = student_policy.log_prob(b_actions[mb]) - b_logprobs[mb]
 
                     pg_loss = ppo_loss(logratio, b_advantages[mb], args.clip_coef)
-                    kl_loss = distill_loss(logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
+                    kl_logratio = logratio if args.ratio_grad else logratio.detach()  # PPD: ours, with --no-ratio-grad
+                    kl_loss = distill_loss(kl_logratio, kl, args.clip_coef)  # PPD: E[KL · max(ρ, 1-ε)]
                     entropy = student_policy.entropy().mean()
                     v_loss = nn.functional.mse_loss(critic(b_obs[mb]), b_returns[mb])
                     loss = pg_loss + distill_lambda * kl_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # PPD:

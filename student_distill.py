@@ -78,6 +78,8 @@ class Args:
     """policy file of the teacher, as train_teacher.py writes it"""
     student_size: Literal["smaller", "same", "larger"] = "same"
     """size of the student (the paper, Table 4); same: the teacher's network"""
+    teacher_logstd: bool = False
+    """continuous control: start with the teacher's log standard deviation (the paper: with 0)"""
     teacher_noise: float = 0.0
     """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
 
@@ -613,6 +615,8 @@ def main(args):
     actor, critic = make_networks(student_network)
     for name, statistics in teacher_actor.named_buffers():  # SD: the teacher's observation statistics, frozen
         actor.get_buffer(name).copy_(statistics)
+    if args.teacher_logstd and suite == "continuous":  # SD: ours, start with the teacher's standard deviation
+        actor.logstd.data.copy_(teacher_actor.logstd)
     for module in (teacher_actor, teacher_critic, original_teacher, actor, critic):
         module.to(device)
     if args.compile:
@@ -627,7 +631,7 @@ def main(args):
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"

@@ -118,7 +118,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient of actor and critic together"""
     compile: bool = False
-    """compile the networks"""
+    """compile networks and loss"""
     amp: bool = False
     """compute convolutional networks in bfloat16"""
 
@@ -624,6 +624,8 @@ def main(args):
     if args.compile:
         actor.compile()
         critic.compile()
+        global ppo_loss
+        ppo_loss = torch.compile(ppo_loss)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
@@ -633,7 +635,7 @@ def main(args):
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"

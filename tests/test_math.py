@@ -9,6 +9,7 @@ from gymnasium import spaces
 from helpers import NAMES, assert_close
 from stable_baselines3.common import running_mean_std
 from stable_baselines3.common.buffers import RolloutBuffer
+from torch.distributions import Independent, Normal, kl_divergence
 
 CLIP = 0.2
 MODULES = {name: importlib.import_module(name) for name in NAMES}
@@ -101,6 +102,29 @@ def test_distill_loss(script):
     loss.backward()
     assert_close(loss, objective(x), rtol=1e-10)
     assert_close(inputs.grad, finite_differences(objective, x))
+
+
+def test_the_gradient_through_the_ratio_has_mean_zero():
+    """So --no-ratio-grad has, before the clip, the same mean over actions as the paper's gradient, and less noise."""
+    torch.manual_seed(0)
+    distill_loss = MODULES["ppd_continuous"].distill_loss
+    parameters = torch.randn(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)  # means, log std
+    means, logstd = [parameter.requires_grad_() for parameter in parameters]
+    student = Independent(Normal(means, logstd.exp()), 1)
+    actions = student.sample([1_000_000])
+
+    def gradient(actions, keeps_ratio):
+        student = Independent(Normal(means, logstd.exp()), 1)
+        kl = kl_divergence(Independent(Normal(torch.ones(3), 0.5), 1), student).expand(len(actions))
+        logprobs = student.log_prob(actions)
+        logratio = logprobs - logprobs.detach()  # ρ is 1, and the clip of max(ρ, 1-ε) does not act
+        loss = distill_loss(logratio if keeps_ratio else logratio.detach(), kl, CLIP)
+        return torch.cat(torch.autograd.grad(loss, parameters))
+
+    mean = gradient(actions, False)
+    assert_close(gradient(actions, True), mean, rtol=0, atol=0.03)
+    assert (gradient(actions[:1], True) - mean).abs().max() > 0.5
+    assert_close(gradient(actions[:1], False), mean, rtol=1e-9)
 
 
 @pytest.mark.parametrize("script", MODULES.values())

@@ -143,7 +143,8 @@ def replay_ppo(recording, teacher):
                     pair = (theirs, student) if args.kl == "forward" else (student, theirs)
                     progress = (k + 1) * count / args.total_timesteps
                     weight = args.distill_lambda + progress * (args.distill_lambda_end - args.distill_lambda)
-                    kl_term = torch.clamp(ratio, 1 - args.clip_coef, None) * kl_divergence(*pair)
+                    kl_ratio = ratio if args.ratio_grad else ratio.detach()
+                    kl_term = torch.clamp(kl_ratio, 1 - args.clip_coef, None) * kl_divergence(*pair)
                     loss = loss + weight * kl_term.mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -176,12 +177,12 @@ def check_ratios(recording):
         assert (last - 1).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse"])
+@pytest.mark.parametrize("kl, ratio_grad", [("forward", True), ("forward", False), ("reverse", True)])
 @by_case([case for case in CASES if case.name.startswith("ppd")])
-def test_ppd(folder, monkeypatch, case, kl):
+def test_ppd(folder, monkeypatch, case, kl, ratio_grad):
     """Reward statistics are the teacher's where it is of continuous control and has some."""
     teacher = load(make_teacher(case.suite, rewards=kl == "forward"))
-    recording = Recording(monkeypatch, case, kl=kl, **HYPERPARAMETERS)
+    recording = Recording(monkeypatch, case, kl=kl, ratio_grad=ratio_grad, **HYPERPARAMETERS)
     weights, _, scaled = replay_ppo(recording, teacher)
     check_weights(recording, weights)
     check_ratios(recording)

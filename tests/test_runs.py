@@ -368,6 +368,13 @@ def test_lambda_is_annealed(folder):
     )
 
 
+@by_case([case for case in DISTILLING if case.suite == "continuous"])
+def test_teacher_logstd(folder, case):
+    teacher = load(make_teacher())
+    logstds = [case.policy(learning_rate=0.0, teacher_logstd=flag)["actor"]["logstd"] for flag in (True, False)]
+    assert torch.equal(logstds[0], teacher["actor"]["logstd"]) and not logstds[1].any()
+
+
 def test_teacher_noise(folder, monkeypatch):
     """The same for every method and resumed run, whatever the student, of the size that is asked for, and scored."""
     teacher = load(make_teacher(actor_hidden=[100, 100]))
@@ -391,19 +398,23 @@ def test_teacher_noise(folder, monkeypatch):
 
 @by_script
 def test_compile_compiles(folder, monkeypatch, case):
-    """A graph of the actor and one of the critic; the files are those of plain networks."""
+    """Graphs of actor, critic and the losses; the files are those of plain networks."""
     make_teacher()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    losses = [name for name in ("ppo_loss", "distill_loss") if hasattr(case.module, name)]
+    for name in losses:
+        monkeypatch.setattr(case.module, name, getattr(case.module, name))  # restored after the test
     compiled, compile = [], torch.compile
 
-    def recorded_compile(method, **options):
-        compiled.append(type(method.__self__).__name__)
-        return compile(method, backend="eager", **options)  # to save time
+    def recorded_compile(function, **options):
+        compiled.append(type(function.__self__).__name__ if hasattr(function, "__self__") else function.__name__)
+        return compile(function, backend="eager", **options)  # to save time
 
     monkeypatch.setattr(torch, "compile", recorded_compile)
     policy = case.policy(compile=True)
-    assert compiled == ["MlpActor", "MlpCritic"] and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert compiled == ["MlpActor", "MlpCritic", *losses]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(compiled)
     assert helpers.same_networks(policy, case.policy())
 
 
