@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import tyro
-from helpers import NAMES, ROOT
+from helpers import NAMES, ROOT, load, make_teacher, run_command, same_networks
 
 MAY_DIFFER = {
     "Args": "each script has the flags that do something in it",
@@ -82,3 +82,24 @@ def test_readme_uses_a_policy_file(monkeypatch, capsys, block):
     scores = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
     assert len(scores) > 1 and isinstance(names["env"], gym.Env)
     assert np.mean(scores) == pytest.approx(names["policy"]["score"]["mean"], rel=0.05)
+
+
+RECIPES = re.split(r"^# .*\n", re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1], flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("diff", RECIPES)
+def test_readme_changes_the_script(folder, monkeypatch, diff):
+    """Each recipe applies to ppd_continuous.py, and the copy learns something else."""
+    source = SOURCES["ppd_continuous"]
+    for hunk in diff.split("@@\n"):
+        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in kept) for kept in (" -", " +"))
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / "changed.py").write_text(source)
+    line = ["ppd_continuous.py", "--teacher", make_teacher(), "--eval-episodes", "1", "--num-envs", "2"]
+    line += ["--minibatch-size", "64", "--total-timesteps", "128", "--save-path"]
+    run_command(monkeypatch, [*line, "plain.pt"])
+    line[0] = folder / "changed.py"
+    second = ["--second-teacher", make_teacher(path="second.pt", seed=1)] if "second_teacher" in diff else []
+    run_command(monkeypatch, [*line, "changed.pt", *second])
+    assert not same_networks(load("plain.pt"), load("changed.pt"))
