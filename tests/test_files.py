@@ -8,7 +8,6 @@ import random
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -17,17 +16,12 @@ from helpers import (
     NETWORKS,
     PPD,
     QUICK,
-    assert_close,
     by_case,
     load,
     make_teacher,
     refused,
-    run_command,
 )
 from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
-from torch import nn
 
 import ppd_continuous
 
@@ -140,39 +134,6 @@ def test_the_file_of_a_student_is_a_teacher(folder, case):
     again = case.policy(teacher="new/smaller.pt", total_timesteps=48)
     assert again["network"] == load("new/smaller.pt")["network"] != teacher["network"]
     assert os.listdir("new") == ["smaller.pt"]  # no temporary files
-
-
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-@pytest.mark.parametrize("normalized", [True, False])
-def test_teachers_of_stable_baselines3(folder, monkeypatch, activation, normalized):
-    """teachers/import_sb3.py keeps inputs, policy, values and the scale of rewards."""
-    envs = make_vec_env("InvertedPendulum-v4", n_envs=2, seed=1)
-    envs = VecNormalize(envs, clip_obs=5.0) if normalized else envs
-    kwargs = dict(activation_fn=activation, net_arch=dict(pi=[20, 10], vf=[30]))
-    model = PPO("MlpPolicy", envs, n_steps=32, batch_size=32, policy_kwargs=kwargs, seed=1, device="cpu").learn(64)
-    model.save("model.zip")
-    line = ["teachers/import_sb3.py", "model.zip", "--env-id", "InvertedPendulum-v4", "--output", "t.pt"]
-    if normalized:
-        envs.save("statistics.pkl")
-        line += ["--vec-normalize", "statistics.pkl"]
-    run_command(monkeypatch, line)
-    policy = load("t.pt")
-    actor, critic = (net(policy["network"]) for net in (ppd_continuous.MlpActor, ppd_continuous.MlpCritic))
-    actor.load_state_dict(policy["actor"])
-    critic.load_state_dict(policy["critic"])
-    obs = np.random.default_rng(0).normal(size=(50, 4)) * 3
-    seen = torch.as_tensor(envs.normalize_obs(obs) if normalized else obs, dtype=torch.float32)
-    inputs = actor.normalize(torch.from_numpy(obs))
-    theirs = model.policy.get_distribution(seen).distribution
-    assert_close(inputs, seen)
-    assert_close(actor(inputs), theirs.mean, rtol=1e-4, atol=1e-6)
-    assert_close(actor.policy(actor(inputs)).base_dist.stddev, theirs.stddev)
-    assert_close(critic(inputs), model.policy.predict_values(seen)[:, 0], rtol=1e-4, atol=1e-5)
-    assert bool(policy["return_rms"]) == normalized
-    assert not normalized or policy["return_rms"]["var"] == pytest.approx(envs.ret_rms.var)
-    sizes = dict(total_timesteps=48)
-    [case] = [case for case in CASES if case.name == "ppd_continuous"]
-    assert case.policy(teacher="t.pt", env_id=None, **sizes)["network"] == policy["network"]
 
 
 def save_for_ever():
