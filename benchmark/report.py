@@ -11,8 +11,8 @@ A fraction is a student's score divided by its teacher's, in Table 2 the origina
 scores of 0 or less there is none. The mean of fractions is the geometric mean of the middle half of them, of all seeds
 and environments (geometric interquartile mean); a 0 there makes it 0. The 95% interval is a percentile bootstrap that
 draws seeds anew within each environment; with one seed there is none. Scores are means over seeds, human-normalized on
-Atari, on unseen levels on Procgen (Procgen-train: training levels). PPD has λ = 1, except in Figure 2. What
-was trained with --kl reverse, --no-ratio-grad or --teacher-logstd is not the paper's, and only in the last table.
+Atari, on unseen levels on Procgen (Procgen-train: training levels). PPD has λ = 1, except in Figure 2. Runs with
+--kl reverse, --no-ratio-grad or --teacher-logstd are not the paper's. They are in the last table and in the figures.
 """
 
 import argparse
@@ -97,17 +97,21 @@ def select(runs, **wanted):
 
 def check(runs):
     """Stop where results do not belong together. Returns them without copies."""
-    firsts, kept = {}, {}
+    firsts, kept, mixed = {}, {}, ""
     for run in sorted(runs, key=lambda run: -len(run["curve"])):
         experiment = run["environment"], run["method"], run["size"], run["teacher_noise"]
         first = firsts.setdefault(experiment, run)
         twin = kept.setdefault((experiment, run["seed"]), run)
         names = (run["args"].keys() & first["args"].keys()) - NO_SETTINGS
         changed = sorted(name for name in names if run[name] != first[name])
+        if run["args"].keys() != first["args"].keys() or run["versions"] != first["versions"]:
+            mixed = f"{first['path']}, {run['path']}"
         if not changed and run["args"] and run["student"] != twin["student"]:
             first, changed = twin, ["scores"]
         if changed:
             sys.exit(f"{first['path']}, {run['path']}: same experiment, other {', '.join(changed)}; leave one out")
+    if mixed:
+        print(f"warning: results of different commits or packages are together, such as {mixed}", file=sys.stderr)
     return [kept[key] for key in sorted(kept)]
 
 

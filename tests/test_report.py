@@ -140,3 +140,12 @@ def test_steps_to_a_share_of_the_teachers_score(folder, monkeypatch, capsys):
     output = capsys.readouterr().out
     row = "| Hopper-v4 | larger | PPD --no-ratio-grad | 3 | 1 (1 to 2) | 2 (2 to 2) | 0.950 | 0.950 to 0.950 |"
     assert row in output and "| MuJoCo | larger | PPD | missing" in output
+
+
+def test_results_of_different_commits(folder, monkeypatch, capsys):
+    """One warning, which names two of them."""
+    for seed in (1, 2, 3):
+        write(seed, 95.0, seed=seed, **({"new_flag": 1} if seed > 1 else {}))
+    run_command(monkeypatch, "benchmark/report.py runs")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "different commits" in line and "runs/1/result.json" in line
