@@ -7,12 +7,13 @@ It prints Tables 1, 2, 5, 6 and 7 as Markdown, and how many steps the students n
 and 2 (PNG, SVG) and writes all training curves to curves.csv. Folders are searched for result.json. It needs
 `pip install -r benchmark/requirements.txt`.
 
-A fraction is a student's score divided by its teacher's, in Table 2 the original one's. Below 0 it counts as 0, and of
-scores of 0 or less there is none. The mean of fractions is the geometric mean of the middle half of them, of all seeds
-and environments (geometric interquartile mean); a 0 there makes it 0. The 95% interval is a percentile bootstrap that
-draws seeds anew within each environment; with one seed there is none. Scores are means over seeds, human-normalized on
-Atari, on unseen levels on Procgen (Procgen-train: training levels). PPD has λ = 1, except in Figure 2. Runs with
---kl reverse, --no-ratio-grad or --teacher-logstd are not the paper's. They are in the last table and in the figures.
+A fraction is a student's score divided by its teacher's, in Table 2 the original one's. A negative fraction counts as
+0. A teacher that scores 0 or less gives no fraction. The mean of the fractions of all seeds and environments is their
+geometric mean without the lowest and the highest quarter (geometric interquartile mean; of fewer than four, all count).
+The 95% interval is a percentile bootstrap that draws seeds anew within each environment; with one seed there is none.
+Scores are means over seeds, human-normalized on Atari, on unseen levels on Procgen (Procgen-train: training levels).
+PPD has λ = 1, except in Figure 2. Runs with --kl reverse, --no-ratio-grad or --teacher-logstd, and of scripts of your
+own, are not the paper's. They are in the last table and in the figures.
 """
 
 import argparse
@@ -68,9 +69,11 @@ def read(path):
         print(f"left out: {path} has a changing λ, or is of an older edition", file=sys.stderr)
         return []
     is_atari = env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
-    suite = "Procgen" if "test" in result["student"] else "Atari" if is_atari else "MuJoCo"
-    ppd = {0: "PPO", 1: "PPD"}.get(distill_lambda, f"PPD λ={distill_lambda}")
-    method = {"student_distill.py": "SD", "teacher_distill.py": "TD"}.get(script, ppd)
+    suite = "MuJoCo" if env_id in PAPER else "other"
+    suite = "Procgen" if "test" in result["student"] else "Atari" if is_atari else suite
+    method = {"student_distill.py": "SD", "teacher_distill.py": "TD"}.get(script, script.removesuffix(".py"))
+    if script in ("ppd_atari.py", "ppd_continuous.py", "ppd_procgen.py"):
+        method = {0: "PPO", 1: "PPD"}.get(distill_lambda, f"PPD λ={distill_lambda}")
     flags = [flag for name, default, flag in VARIANTS if args.get(name, default) != default]
     method = " ".join([method, *flags])
     runs = []
@@ -109,7 +112,7 @@ def check(runs):
         if not changed and run["args"] and run["student"] != twin["student"]:
             first, changed = twin, ["scores"]
         if changed:
-            sys.exit(f"{first['path']}, {run['path']}: same experiment, other {', '.join(changed)}; leave one out")
+            sys.exit(f"{first['path']}, {run['path']}: same experiment, other {', '.join(changed)}; move one away")
     if mixed:
         print(f"warning: results of different commits or packages are together, such as {mixed}", file=sys.stderr)
     return [kept[key] for key in sorted(kept)]
@@ -144,7 +147,8 @@ def print_table(title, runs, key, kinds, paper):
             samples, mean, (low, high) = estimate(found)
             cells = ["no fraction" if found else "missing", "–", "–", "–", "–"]
             if samples:
-                score, teacher = (np.mean([points(run[who]) for run in found]) for who in ("student", "teacher"))
+                counted = [run for run in found if points(run["teacher"]) > 0]
+                score, teacher = (np.mean([points(run[who]) for run in counted]) for who in ("student", "teacher"))
                 cells = [
                     f"{score:.2f} of {teacher:.2f}" if len(samples) == 1 else f"{len(samples)} environments",
                     " or ".join(map(str, sorted({*map(len, samples)}))),
@@ -158,7 +162,8 @@ def print_table(title, runs, key, kinds, paper):
 
 def steps_to(run, share):
     """Steps until an evaluation first reaches this share of the teacher's score; infinite if none does."""
-    return min((step for step, mean, _ in run["curve"] if mean >= share * run["teacher"]["mean"]), default=np.inf)
+    wanted = share * run["teacher"]["mean"]
+    return min((step for step, mean, _ in run["curve"] if mean >= wanted > 0), default=np.inf)
 
 
 def print_progress(runs):
@@ -174,7 +179,7 @@ def print_progress(runs):
             steps = np.array([steps_to(run, share) for run in found]) / 1000
             cells.append(f"{np.median(steps):.0f}" + f" ({steps.min():.0f} to {steps.max():.0f})" * (len(steps) > 1))
         _, mean, (low, high) = estimate(found)
-        cells += [f"{mean:.3f}", "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}"]
+        cells += ["–" if np.isnan(mean) else f"{mean:.3f}", "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}"]
         print(f"| {' | '.join([*kind, str(len(found)), *cells])} |")
 
 
@@ -206,8 +211,9 @@ def draw(path, runs, key, curve, title, xlabel, ylabel, teacher=None):
             kind, _, flags = name.partition(" ")
             if flags in LINE_STYLES:
                 x, y, low, high = curve(select(found, **{key: name}))
-                axis.plot(x, y, LINE_STYLES[flags], marker=".", markersize=3, color=COLORS[kind], label=name)
-                axis.fill_between(x, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
+                color = COLORS.get(kind, "gray")
+                axis.plot(x, y, LINE_STYLES[flags], marker=".", markersize=3, color=color, label=name)
+                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         level = teacher or np.mean([run["teacher"]["mean"] for run in found])
         axis.axhline(level, color="black", linestyle="--", linewidth=1, label="teacher")
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}

@@ -3,7 +3,8 @@
     python benchmark/reproduce.py --suite mujoco | xargs -P 2 -I{} sh -c '{}'
     python benchmark/reproduce.py --suite procgen --env-ids coinrun --teacher 'teachers/{env_id}.pt' --methods ppd
 
-Run the same line again, in the same folder, until it prints nothing:
+Run the same line again, in the same folder, until it says that all students are done. A command that comes back each
+time has failed; run it alone to see why.
 
 * A run is done if it has a result.json. It is looked for in runs/, by its script and its flags.
 * A run with a checkpoint.pt and no result.json was interrupted. Its command continues it with --resume.
@@ -66,6 +67,11 @@ def parse():
     if options.suite == "atari" and options.imperfect:
         ENV_IDS["atari"] = [f"{game}NoFrameskip-v4" for game in IMPERFECT_ATARI]
     options.env_ids = options.env_ids or ENV_IDS[options.suite]
+    if options.methods != ["ppd"] and "--distill-lambda" in options.further_flags:
+        sys.exit("-- --distill-lambda: only with --methods ppd; SD and TD have no λ, and PPO is λ = 0")
+    for flag in ("--env-id", "--seed", "--teacher", "--student-size", "--total-timesteps", "--eval-episodes"):
+        if flag in options.further_flags:
+            sys.exit(f"-- {flag}: give it before the --, as an option of reproduce.py (see --help)")
     suite = "continuous" if options.suite == "mujoco" else options.suite
     for env_id in options.env_ids:
         if train_teacher.suite_of(env_id) != suite:
@@ -84,7 +90,7 @@ def read_runs():
                 run.update(json.load(file), is_done=True)
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):  # the last: stopped while writing it
             if run["has_checkpoint"]:
-                run.update(train_teacher.load("--resume", checkpoint, "a training state"))
+                run.update(train_teacher.load("interrupted run:", checkpoint, "a training state; move its folder away"))
         runs.append(run)
     return runs
 
@@ -149,8 +155,8 @@ def main():
             lines = student_lines if has_teacher else teacher_lines
             lines.append(f"OMP_NUM_THREADS={options.threads} {shlex.join(words)}")
 
-    for line in [*teacher_lines, *student_lines]:
-        print(line)
+    if teacher_lines or student_lines:
+        print("\n".join([*teacher_lines, *student_lines]))
     total = len(options.seeds) * len(options.env_ids) * len(students)
     summary = f"{num_done} of {total} students are done"
     if num_resumed:

@@ -151,8 +151,8 @@ def main():
     parser.add_argument("--width", type=int, help="width of the film in pixels (default: the environment's)")
     arguments = parser.parse_args()
     output = arguments.output
-    if min(arguments.episodes, arguments.seconds, arguments.fps, arguments.width or 1) <= 0:
-        sys.exit("--episodes, --seconds, --fps, --width: more than 0")
+    if min(arguments.episodes, arguments.seconds, arguments.fps) <= 0 or (arguments.width or 16) < 16:
+        sys.exit("--episodes, --seconds, --fps: more than 0; --width: at least 16")
     if output and not output.endswith((".mp4", ".gif")):
         sys.exit(f"--output {output}: the name must end in .mp4 or .gif")
     if output and os.path.exists(output):

@@ -232,11 +232,11 @@ def main():
     policy = {"format": 1, "suite": suite, "env_id": args.env_id, "network": network, "return_rms": reward_stats}
     policy.update(actor=actor.state_dict(), critic=critic.state_dict(), global_step=settings.get("num_timesteps"))
     policy.update(score=None, args={}, versions={"stable-baselines3": settings["version"]} if settings else {})
-    train_teacher.save(args.output, policy)
-    print(f"saved {args.output}: {kind}, {network['activation']}, {network['actor_hidden']}")
     if kind == "mlp" and not obs_stats:
         flag = "VecNormalize, give --vec-normalize" if settings else "NormalizeObservation, give --obs-stats"
-        print(f"observations are not normalized: if the model was trained with {flag}")
+        print(f"warning: observations are not normalized; if the model was trained with {flag}, and another --output")
+    train_teacher.save(args.output, policy)
+    print(f"saved {args.output}: {kind}, {network['activation']}, {network['actor_hidden']}")
 
 
 if __name__ == "__main__":

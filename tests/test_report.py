@@ -136,10 +136,11 @@ def test_steps_to_a_share_of_the_teachers_score(folder, monkeypatch, capsys):
     """Variants of ours have rows of their own, and are in none of the paper's tables."""
     for seed in (49, 50, 60):  # the first evaluation, of a teacher's 100
         write(seed, 95.0, seed=seed, ratio_grad=False)
+    write("mine", 95.0, script="my_ppd.py")
     run_command(monkeypatch, "benchmark/report.py runs")
     output = capsys.readouterr().out
     row = "| Hopper-v4 | larger | PPD --no-ratio-grad | 3 | 1 (1 to 2) | 2 (2 to 2) | 0.950 | 0.950 to 0.950 |"
-    assert row in output and "| MuJoCo | larger | PPD | missing" in output
+    assert row in output and "| MuJoCo | larger | PPD | missing" in output and "| larger | my_ppd | 1 |" in output
 
 
 def test_results_of_different_commits(folder, monkeypatch, capsys):

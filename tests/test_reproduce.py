@@ -81,9 +81,16 @@ def test_finished_and_interrupted_runs(folder, monkeypatch, capsys):
     assert summary == "1 of 3 students are done, 1 interrupted runs go on\n"
 
 
-@pytest.mark.parametrize("words", ["atari --env-ids Hopper-v4", "mujoco --teacher no/{env_id}.pt --env-ids Hopper-v4"])
+MISTAKES = {
+    "atari --env-ids Hopper-v4": "Hopper-v4",
+    "mujoco --teacher no/{env_id}.pt --env-ids Hopper-v4": "Hopper-v4",
+}
+MISTAKES.update({"mujoco -- --seed 1": "--seed", "mujoco -- --distill-lambda 2": "--methods ppd"})
+
+
+@pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes(folder, monkeypatch, capsys, words):
-    with refused(capsys, "Hopper-v4"):
+    with refused(capsys, MISTAKES[words]):
         run_command(monkeypatch, f"benchmark/reproduce.py --suite {words}")
 
 
