@@ -300,8 +300,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
     """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
     them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns, num_steps = [[] for _ in quotas], 0
-    bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
+    returns = [[] for _ in quotas]
+    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
     with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
@@ -313,9 +313,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
             for i, (episode_return, _) in finished.items():
                 if len(returns[i]) < quotas[i]:
                     returns[i].append(episode_return)
-                    bar.update()
-            num_steps += envs.num_envs
-            bar.set_postfix_str(f"{num_steps} steps", refresh=num_steps % 10_000 < envs.num_envs)
+            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+            bar.update(envs.num_envs)
     returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
@@ -385,11 +384,8 @@ def main(args):
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
     original_teacher = CnnActor(network)
-    try:
-        teacher_actor.load_state_dict(teacher["actor"])
-        original_teacher.load_state_dict(teacher["actor"])
-    except RuntimeError as error:
-        sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
+    teacher_actor.load_state_dict(teacher["actor"])
+    original_teacher.load_state_dict(teacher["actor"])
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
         parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -441,9 +437,9 @@ def main(args):
             start_time = time.time()
 
             # COLLECT: the student acts
-            obs, actions, student_logits, rewards, dones = [], [], [], [], []
+            obs, actions, student_logits, rewards, dones, timeouts = [], [], [], [], [], []
             with torch.no_grad():
-                for _ in range(args.num_steps):
+                for t in range(args.num_steps):
                     obs.append(next_obs)
                     student_logits.append(actor(next_obs))
                     actions.append(actor.policy(student_logits[-1]).sample())
@@ -455,9 +451,9 @@ def main(args):
                     running_return *= 1 - done
                     reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
                     timed_out = truncated & ~terminated
-                    if timed_out.any():  # a time limit does not end the task: add the value of what follows
-                        final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
-                        reward[timed_out] += args.gamma * critic(final_obs).cpu()
+                    if timed_out.any():
+                        final_obs = torch.as_tensor(envs.final_obs[timed_out], device=device)
+                        timeouts.append((t, timed_out, actor.normalize(final_obs)))
                     rewards.append(reward)
                     dones.append(done)
                     episodes.extend(finished.values())
@@ -471,6 +467,8 @@ def main(args):
                 b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
                 b_logprobs = actor.policy(torch.cat(student_logits)).log_prob(b_actions)
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
+                for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
+                    rewards[t, timed_out] += args.gamma * critic(final_obs)
                 rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
                 b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
             b_returns = b_advantages + b_values
@@ -478,7 +476,6 @@ def main(args):
             # UPDATE
             progress = min(global_step / args.total_timesteps, 1)
             distill_lambda = args.distill_lambda + progress * (lambda_end - args.distill_lambda)  # PPD: λ
-            metrics = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
                     student_policy = actor.policy(actor(b_obs[mb]))
@@ -500,21 +497,18 @@ def main(args):
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
 
-                    terms = {
-                        "policy_loss": pg_loss,
-                        "value_loss": v_loss,
-                        "entropy": entropy,
-                        "distill_kl": kl.mean(),  # PPD: in the log
-                        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
-                        "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
-                        "grad_norm": grad_norm,
-                    }
-                    metrics.append(torch.stack([*terms.values()]).detach())
-            averages = torch.stack(metrics).mean(0).tolist()
+            # LOG: the losses are those of the last minibatch
+            logs = {
+                "losses/policy_loss": pg_loss,
+                "losses/value_loss": v_loss,
+                "losses/entropy": entropy,
+                "losses/distill_kl": kl.mean(),  # PPD: in the log
+                "losses/approx_kl": (logratio.exp() - 1 - logratio).mean(),
+                "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                "losses/grad_norm": grad_norm,
+            }
+            logs = {name: value.item() for name, value in logs.items()}
             train_seconds += time.time() - start_time
-
-            # LOG
-            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
@@ -570,8 +564,7 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()

@@ -178,28 +178,27 @@ class ContinuousEnvs:
 
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
-        first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in first_share]  # the checker takes time
+        first_size, *sizes = [len(share) for share in np.array_split(range(num_envs), min(num_envs, NUM_CORES))]
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(first_size)]  # the checker takes time
         self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
         for space in (obs_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
         self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
-        self.workers = []  # process, pipe to it, slice of the environments
-        for share in shares:
+        self.workers = []  # process and pipe to it
+        for size in sizes:
             pipe, worker_pipe = multiprocessing.Pipe()
-            arguments = (worker_pipe, pipe, env_id, len(share))
-            process = multiprocessing.Process(target=work, args=arguments, daemon=True)
+            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, size), daemon=True)
             process.start()
             worker_pipe.close()
-            self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
+            self.workers.append((process, pipe))
 
     def call(self, function, argument):
         """Call a function for each share with its part of the argument, and join the arrays that come back."""
-        for _, pipe, part in self.workers:
-            pipe.send((function, argument[part]))
-        results = [function(self.envs, argument[: len(self.envs)])]
-        results += [receive(pipe) for _, pipe, _ in self.workers]
+        first_part, *parts = np.array_split(argument, len(self.workers) + 1)
+        for (_, pipe), part in zip(self.workers, parts, strict=True):
+            pipe.send((function, part))
+        results = [function(self.envs, first_part), *(receive(pipe) for _, pipe in self.workers)]
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     def reset(self, seed):
@@ -221,7 +220,7 @@ class ContinuousEnvs:
         return obs, rewards, terminated, truncated, finished
 
     def close(self):
-        for process, pipe, _ in self.workers:
+        for process, pipe in self.workers:
             process.terminate()
             process.join()
             pipe.close()
@@ -518,8 +517,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
     """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
     them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns, num_steps = [[] for _ in quotas], 0
-    bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
+    returns = [[] for _ in quotas]
+    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
     with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
@@ -531,9 +530,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
             for i, (episode_return, _) in finished.items():
                 if len(returns[i]) < quotas[i]:
                     returns[i].append(episode_return)
-                    bar.update()
-            num_steps += envs.num_envs
-            bar.set_postfix_str(f"{num_steps} steps", refresh=num_steps % 10_000 < envs.num_envs)
+            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+            bar.update(envs.num_envs)
     returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
@@ -600,12 +598,9 @@ def main(args):
 
     teacher_actor, teacher_critic = make_networks(network)  # TD: the teacher
     original_teacher, _ = make_networks(network)
-    try:
-        teacher_actor.load_state_dict(teacher["actor"])
-        teacher_critic.load_state_dict(teacher["critic"])
-        original_teacher.load_state_dict(teacher["actor"])
-    except (KeyError, RuntimeError) as error:
-        sys.exit(f"--teacher {args.teacher}: its weights do not fit its network: {' '.join(str(error).split())}")
+    teacher_actor.load_state_dict(teacher["actor"])
+    teacher_critic.load_state_dict(teacher["critic"])
+    original_teacher.load_state_dict(teacher["actor"])
     noise_generator = torch.Generator().manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
@@ -623,6 +618,8 @@ def main(args):
     if args.compile:
         actor.compile()
         critic.compile()
+        global categorical_kl
+        categorical_kl = torch.compile(categorical_kl)  # torch cannot compile kl_divergence
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "optimizer": optimizer}
@@ -646,7 +643,6 @@ def main(args):
     print(f"run folder: {run_folder}")
 
     episodes = deque(maxlen=100)  # return and length
-    metrics = []
     last_save = 0.0
     bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
     try:
@@ -683,20 +679,17 @@ def main(args):
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
 
-            terms = {"distill_kl": kl_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
-            metrics.append(torch.stack([*terms.values()]).detach())
             train_seconds += time.time() - start_time
             bar.update(batch_size)
 
-            # LOG: every 50 iterations, and before a save
+            # LOG: the last losses, every 50 iterations and before a save
             is_last = global_step >= args.total_timesteps
             is_evaluation = args.eval_interval and global_step % args.eval_interval < batch_size
             is_save = time.time() - last_save > args.save_interval or is_last
             if global_step // batch_size % 50 and not is_evaluation and not is_save:
                 continue
-            averages = torch.stack(metrics).mean(0).tolist()
-            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
-            metrics.clear()
+            losses = {"distill_kl": kl_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
+            logs = {f"losses/{name}": value.item() for name, value in losses.items()}
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["charts/SPS"] = global_step / train_seconds
@@ -753,8 +746,7 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()

@@ -188,28 +188,27 @@ class ContinuousEnvs:
 
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
-        first_share, *shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in first_share]  # the checker takes time
+        first_size, *sizes = [len(share) for share in np.array_split(range(num_envs), min(num_envs, NUM_CORES))]
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(first_size)]  # the checker takes time
         self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
         for space in (obs_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
         self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
-        self.workers = []  # process, pipe to it, slice of the environments
-        for share in shares:
+        self.workers = []  # process and pipe to it
+        for size in sizes:
             pipe, worker_pipe = multiprocessing.Pipe()
-            arguments = (worker_pipe, pipe, env_id, len(share))
-            process = multiprocessing.Process(target=work, args=arguments, daemon=True)
+            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, size), daemon=True)
             process.start()
             worker_pipe.close()
-            self.workers.append((process, pipe, slice(share[0], share[-1] + 1)))
+            self.workers.append((process, pipe))
 
     def call(self, function, argument):
         """Call a function for each share with its part of the argument, and join the arrays that come back."""
-        for _, pipe, part in self.workers:
-            pipe.send((function, argument[part]))
-        results = [function(self.envs, argument[: len(self.envs)])]
-        results += [receive(pipe) for _, pipe, _ in self.workers]
+        first_part, *parts = np.array_split(argument, len(self.workers) + 1)
+        for (_, pipe), part in zip(self.workers, parts, strict=True):
+            pipe.send((function, part))
+        results = [function(self.envs, first_part), *(receive(pipe) for _, pipe in self.workers)]
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     def reset(self, seed):
@@ -231,7 +230,7 @@ class ContinuousEnvs:
         return obs, rewards, terminated, truncated, finished
 
     def close(self):
-        for process, pipe, _ in self.workers:
+        for process, pipe in self.workers:
             process.terminate()
             process.join()
             pipe.close()
@@ -528,8 +527,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
     """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
     them: the first ones to end would be the short ones. The environments are closed."""
     quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns, num_steps = [[] for _ in quotas], 0
-    bar = tqdm(total=args.eval_episodes, desc="evaluation", leave=False)
+    returns = [[] for _ in quotas]
+    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
     with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
@@ -541,9 +540,8 @@ def evaluate(actor, envs, args, device, deterministic=True):
             for i, (episode_return, _) in finished.items():
                 if len(returns[i]) < quotas[i]:
                     returns[i].append(episode_return)
-                    bar.update()
-            num_steps += envs.num_envs
-            bar.set_postfix_str(f"{num_steps} steps", refresh=num_steps % 10_000 < envs.num_envs)
+            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+            bar.update(envs.num_envs)
     returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
@@ -662,9 +660,9 @@ def main(args):
             start_time = time.time()
 
             # COLLECT
-            obs, actions, means_or_logits, rewards, dones = [], [], [], [], []
+            obs, actions, means_or_logits, rewards, dones, timeouts = [], [], [], [], [], []
             with torch.no_grad():
-                for _ in range(args.num_steps):
+                for t in range(args.num_steps):
                     obs.append(next_obs)
                     means_or_logits.append(actor(next_obs))
                     actions.append(actor.policy(means_or_logits[-1]).sample())
@@ -679,9 +677,9 @@ def main(args):
                     running_return *= 1 - done
                     reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
                     timed_out = truncated & ~terminated
-                    if timed_out.any():  # a time limit does not end the task: add the value of what follows
-                        final_obs = actor.normalize(torch.as_tensor(envs.final_obs[timed_out], device=device))
-                        reward[timed_out] += args.gamma * critic(final_obs).cpu()
+                    if timed_out.any():
+                        final_obs = torch.as_tensor(envs.final_obs[timed_out], device=device)
+                        timeouts.append((t, timed_out, actor.normalize(final_obs)))
                     rewards.append(reward)
                     dones.append(done)
                     episodes.extend(finished.values())
@@ -694,12 +692,13 @@ def main(args):
                 b_values = torch.cat([critic(chunk) for chunk in b_obs.split(args.minibatch_size)])
                 b_logprobs = actor.policy(torch.cat(means_or_logits)).log_prob(b_actions)
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
+                for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
+                    rewards[t, timed_out] += args.gamma * critic(final_obs)
                 rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
                 b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
-            metrics = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(batch_size, device=device).split(args.minibatch_size):
                     policy = actor.policy(actor(b_obs[mb]))
@@ -714,22 +713,19 @@ def main(args):
                     loss.backward()
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-
-                    terms = {
-                        "policy_loss": pg_loss,
-                        "value_loss": v_loss,
-                        "entropy": entropy,
-                        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
-                        "clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
-                        "grad_norm": grad_norm,
-                    }
-                    metrics.append(torch.stack([*terms.values()]).detach())
-            averages = torch.stack(metrics).mean(0).tolist()
-            train_seconds += time.time() - start_time
             torch.set_num_threads(collect_threads)
 
-            # LOG
-            logs = {f"losses/{name}": average for name, average in zip(terms, averages, strict=True)}
+            # LOG: the losses are those of the last minibatch
+            logs = {
+                "losses/policy_loss": pg_loss,
+                "losses/value_loss": v_loss,
+                "losses/entropy": entropy,
+                "losses/approx_kl": (logratio.exp() - 1 - logratio).mean(),
+                "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                "losses/grad_norm": grad_norm,
+            }
+            logs = {name: value.item() for name, value in logs.items()}
+            train_seconds += time.time() - start_time
             if not all(map(math.isfinite, logs.values())):
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
@@ -773,8 +769,7 @@ def main(args):
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{run_folder}/checkpoint.pt")
-        sys.exit(f"stopped; continue with: python {sys.argv[0]} --resume {run_folder}" if is_saved else "stopped")
+        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
         bar.close()
         envs.close()

@@ -131,7 +131,7 @@ def test_error_in_a_worker(monkeypatch, capfd):
         envs.step(np.float32([[0, 0], [9, 9]]))
     envs.close()
     assert "AssertionError: [9. 9.] is out of bounds" in capfd.readouterr().err
-    assert not any(process.is_alive() for process, _, _ in envs.workers)
+    assert not any(process.is_alive() for process, _ in envs.workers)
 
 
 REFUSED = [  # suite, id, a word of the line

@@ -94,12 +94,12 @@ def test_teachers_that_do_not_fit(folder, capsys, case, kind):
 
 
 @by_case([case for case in CASES if case.distills])
-def test_weights_that_do_not_fit_their_network(folder, capsys, case):
+def test_weights_that_do_not_fit_their_network(folder, case):
     make_teacher(case.suite, path="other.pt")
     teacher = load("other.pt")
     teacher["actor"].popitem()
     torch.save(teacher, "other.pt")
-    with refused(capsys, "--teacher other.pt", "Missing key"):
+    with pytest.raises(RuntimeError, match="Missing key"):  # as after a change of the networks in a copy
         case.run(teacher="other.pt")
 
 
