@@ -450,8 +450,8 @@ def main(args):
                     return_rms.update(running_return)
                     running_return *= 1 - done
                     reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
-                    timed_out = truncated & ~terminated
-                    if timed_out.any():
+                    timed_out = np.flatnonzero(truncated & ~terminated)
+                    if len(timed_out):
                         final_obs = torch.as_tensor(envs.final_obs[timed_out], device=device)
                         timeouts.append((t, timed_out, actor.normalize(final_obs)))
                     rewards.append(reward)
@@ -530,7 +530,8 @@ def main(args):
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
                 state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
-                state.update(eval_curve=eval_curve, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                state.update(eval_curve=eval_curve, rng=torch.get_rng_state())
+                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
                 save(f"{run_folder}/checkpoint.pt", state)
                 last_save = time.time()
 

@@ -513,7 +513,8 @@ def main(args):
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
                 state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
-                state.update(eval_curve=eval_curve, rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                state.update(eval_curve=eval_curve, rng=torch.get_rng_state())
+                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
                 save(f"{run_folder}/checkpoint.pt", state)
                 last_save = time.time()
 

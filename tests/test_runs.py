@@ -52,9 +52,11 @@ def sleeping_programs():
 
 
 @by_case(CASES)
-def test_what_a_run_leaves(folder, capsys, case):
-    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
+def test_what_a_run_leaves(folder, capsys, monkeypatch, case):
+    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores. Without a GPU in use, CUDA
+    is left alone."""
     make_teacher(case.suite)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", interrupt)
     made = case.run(eval_interval=2 * case.batch, total_timesteps=2 * case.batch + 1, eval_episodes=2)
     output, result, policy = capsys.readouterr().out, result_of(made), load(made / case.policy_file)
     steps = 3 * case.batch
@@ -126,21 +128,28 @@ def test_settings_of_the_paper(folder, monkeypatch, case):
 @by_case(CASES)
 def test_one_update_on_another_device(folder, monkeypatch, case):
     """In place of a GPU, "meta": its tensors have shapes and types but no numbers, and come back as zeros. An operation
-    on tensors of two devices is an error."""
+    on tensors of two devices is an error. In a rollout, the device is waited for once a step, for the actions."""
     make_teacher(case.suite)
     helpers.skip_evaluation(monkeypatch, case)
     monkeypatch.setattr(case.module, "save", lambda *_: None)
     changes = {"device": lambda kind: torch.device("meta"), "autocast": lambda *_, **__: contextlib.nullcontext()}
     monkeypatch.setattr(case.module, "torch", types.SimpleNamespace(**{**vars(torch), **changes}))
     cpu, tolist, backward, Adam = torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.backward, torch.optim.Adam
-    losses = []
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else cpu(t))
+    losses, waits = [], []
+
+    def recorded_cpu(tensor):
+        if tensor.is_meta:
+            waits.append(len(losses))
+        return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", recorded_cpu)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: tolist(t.cpu()))
     monkeypatch.setattr(torch.Tensor, "item", lambda t: tolist(t.cpu()))
     monkeypatch.setattr(torch.Tensor, "backward", lambda t: losses.append(t.device.type) or backward(t))
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused, **options: Adam(parameters, **options))
     case.run(total_timesteps=case.batch)
-    assert set(losses) == {"meta"}
+    assert set(losses) == {"meta"} and set(waits) == {0, len(losses)}
+    assert waits.count(0) == case.args().num_steps
 
 
 OTHER_SYSTEM = """# Read by every Python process at its start.
