@@ -19,7 +19,6 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import signal
@@ -33,7 +32,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ale_py.vector_env import AtariVectorEnv
 from torch import nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
@@ -138,12 +136,11 @@ class AtariEnvs:
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = spec["game"]
-        self.envs = AtariVectorEnv(
+        self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
             repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
-            max_num_frames_per_episode=spec["max_num_frames_per_episode"],
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
@@ -383,7 +380,7 @@ def main(args):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = CnnActor(network)
+    original_teacher = CnnActor(network)  # PPD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
     original_teacher.load_state_dict(teacher["actor"])
     noise_generator = torch.Generator().manual_seed(args.seed)
@@ -469,8 +466,9 @@ def main(args):
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
                 for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
                     rewards[t, timed_out] += args.gamma * critic(final_obs)
-                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
-                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+                values = b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                b_advantages = advantages.flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
@@ -509,7 +507,7 @@ def main(args):
             }
             logs = {name: value.item() for name, value in logs.items()}
             train_seconds += time.time() - start_time
-            if not all(map(math.isfinite, logs.values())):
+            if not np.isfinite(list(logs.values())).all():
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
             logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
@@ -522,7 +520,7 @@ def main(args):
                 logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", math.nan)
+            mean_return = logs.get("charts/episodic_return", np.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
             bar.update(batch_size)
 
@@ -577,5 +575,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # the saved arguments are the defaults
         saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
-        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+        args = tyro.cli(Args, default=Args(**saved))
     main(args)

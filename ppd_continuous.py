@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -124,11 +123,9 @@ def reset_envs(envs, seeds):
 def step_envs(envs, actions):
     steps = []
     for env, action in zip(envs, actions, strict=True):
-        obs, reward, terminated, truncated, _ = env.step(action)
-        final_obs = obs
-        if terminated or truncated:
-            final_obs = np.array(obs)  # a copy: reset may write into obs
-            obs, _ = env.reset()
+        final_obs, reward, terminated, truncated, _ = env.step(action)
+        final_obs = np.array(final_obs)  # a copy: reset may write into it
+        obs = env.reset()[0] if terminated or truncated else final_obs
         steps.append((obs, float(reward), terminated, truncated, final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
@@ -142,14 +139,14 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: the other process of the environments has ended; if it is a worker, its error is above")
+        sys.exit("error: a process that steps environments has ended; if it printed an error, that is above")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
-    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that do not survive a fork
+    torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
     try:
@@ -264,8 +261,8 @@ class MlpActor(nn.Module):
         self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
+        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected, not in
+        forward, because train_teacher.py updates the statistics between a rollout and its update."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -387,7 +384,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     teacher_actor = MlpActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = MlpActor(network)
+    original_teacher = MlpActor(network)  # PPD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
     original_teacher.load_state_dict(teacher["actor"])
     noise_generator = torch.Generator().manual_seed(args.seed)
@@ -400,10 +397,10 @@ def main(args):
     actor, critic, return_rms = MlpActor(student_network), MlpCritic(student_network), RunningMeanStd()
     for name, statistics in teacher_actor.named_buffers():  # PPD: the teacher's observation statistics, frozen
         actor.get_buffer(name).copy_(statistics)
-    if args.teacher_logstd:  # PPD: ours, start with the teacher's standard deviation
-        actor.logstd.data.copy_(teacher_actor.logstd)
     if teacher["return_rms"]:  # PPD: and its reward statistics, if it has any
         return_rms.load_state_dict(teacher["return_rms"])
+    if args.teacher_logstd:  # PPD: ours, start with the teacher's standard deviation
+        actor.logstd.data.copy_(teacher_actor.logstd)
     for module in (teacher_actor, original_teacher, actor, critic):
         module.to(device)
     if args.compile:
@@ -456,7 +453,7 @@ def main(args):
                     raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
                     reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
-                    if not teacher["return_rms"]:
+                    if not teacher["return_rms"]:  # PPD: the teacher's reward statistics are frozen
                         running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
                         return_rms.update(running_return)
                         running_return *= 1 - done
@@ -481,8 +478,9 @@ def main(args):
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
                 for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
                     rewards[t, timed_out] += args.gamma * critic(final_obs)
-                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
-                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+                values = b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                b_advantages = advantages.flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
@@ -522,7 +520,7 @@ def main(args):
             }
             logs = {name: value.item() for name, value in logs.items()}
             train_seconds += time.time() - start_time
-            if not all(map(math.isfinite, logs.values())):
+            if not np.isfinite(list(logs.values())).all():
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
             logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
@@ -535,7 +533,7 @@ def main(args):
                 logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", math.nan)
+            mean_return = logs.get("charts/episodic_return", np.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
             bar.update(batch_size)
 
@@ -586,5 +584,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # the saved arguments are the defaults
         saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
-        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+        args = tyro.cli(Args, default=Args(**saved))
     main(args)

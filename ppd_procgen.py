@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import signal
@@ -128,10 +127,8 @@ class ProcgenEnvs:
 
     def __init__(self, env_id, num_envs, num_levels, start_level, distribution_mode):
         self.num_envs = num_envs
+        sys.modules["gym_notices"] = None  # silences the old gym, which procgen imports
         try:
-            from gym_notices import notices
-
-            notices.notices.clear()  # of the old gym, which procgen imports
             from procgen import ProcgenGym3Env
             from procgen.env import ENV_NAMES
         except (ImportError, OSError) as error:
@@ -371,7 +368,7 @@ def main(args):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = CnnActor(network)
+    original_teacher = CnnActor(network)  # PPD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
     original_teacher.load_state_dict(teacher["actor"])
     noise_generator = torch.Generator().manual_seed(args.seed)
@@ -451,8 +448,9 @@ def main(args):
                 b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
                 b_logprobs = actor.policy(torch.cat(student_logits)).log_prob(b_actions)
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
-                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
-                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+                values = b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                b_advantages = advantages.flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
@@ -491,7 +489,7 @@ def main(args):
             }
             logs = {name: value.item() for name, value in logs.items()}
             train_seconds += time.time() - start_time
-            if not all(map(math.isfinite, logs.values())):
+            if not np.isfinite(list(logs.values())).all():
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
             logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
@@ -505,7 +503,7 @@ def main(args):
                 logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", math.nan)
+            mean_return = logs.get("charts/episodic_return", np.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
             bar.update(batch_size)
 
@@ -561,5 +559,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # the saved arguments are the defaults
         saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
-        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+        args = tyro.cli(Args, default=Args(**saved))
     main(args)

@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -34,7 +33,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ale_py.vector_env import AtariVectorEnv
 from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
@@ -43,15 +41,10 @@ from tqdm import tqdm
 SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
 Distribution.set_default_validate_args(False)  # saves time
-PROCGEN_GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
-PROCGEN_GAMES += "miner ninja plunder starpilot".split()
 SIZES = {  # the paper, Table 4: kind of network, filters and hidden units
-    "continuous": {"smaller": ("mlp", [128, 64]), "same": ("mlp", [256, 256]), "larger": ("mlp", [512, 512])},
-    "games": {
-        "smaller": ("nature", [32, 32, 32, 128]),
-        "same": ("impala", [16, 32, 32, 256]),
-        "larger": ("impala", [32, 64, 64, 1024]),
-    },
+    "smaller": {"continuous": ("mlp", [128, 64]), "games": ("nature", [32, 32, 32, 128])},
+    "same": {"continuous": ("mlp", [256, 256]), "games": ("impala", [16, 32, 32, 256])},
+    "larger": {"continuous": ("mlp", [512, 512]), "games": ("impala", [32, 64, 64, 1024])},
 }
 HUMAN_SCORES = {  # of random play and of humans (Agent57, https://arxiv.org/abs/2003.13350)
     "atlantis": (12850, 29028.1), "beam_rider": (363.9, 16926.5), "breakout": (1.7, 30.5),
@@ -134,11 +127,9 @@ def reset_envs(envs, seeds):
 def step_envs(envs, actions):
     steps = []
     for env, action in zip(envs, actions, strict=True):
-        obs, reward, terminated, truncated, _ = env.step(action)
-        final_obs = obs
-        if terminated or truncated:
-            final_obs = np.array(obs)  # a copy: reset may write into obs
-            obs, _ = env.reset()
+        final_obs, reward, terminated, truncated, _ = env.step(action)
+        final_obs = np.array(final_obs)  # a copy: reset may write into it
+        obs = env.reset()[0] if terminated or truncated else final_obs
         steps.append((obs, float(reward), terminated, truncated, final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
@@ -152,14 +143,14 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: the other process of the environments has ended; if it is a worker, its error is above")
+        sys.exit("error: a process that steps environments has ended; if it printed an error, that is above")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
-    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that do not survive a fork
+    torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
     try:
@@ -242,12 +233,11 @@ class AtariEnvs:
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = spec["game"]
-        self.envs = AtariVectorEnv(
+        self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
             repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
-            max_num_frames_per_episode=spec["max_num_frames_per_episode"],
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
@@ -293,10 +283,8 @@ class ProcgenEnvs:
 
     def __init__(self, env_id, num_envs, num_levels, start_level, distribution_mode):
         self.num_envs = num_envs
+        sys.modules["gym_notices"] = None  # silences the old gym, which procgen imports
         try:
-            from gym_notices import notices
-
-            notices.notices.clear()  # of the old gym, which procgen imports
             from procgen import ProcgenGym3Env
             from procgen.env import ENV_NAMES
         except (ImportError, OSError) as error:
@@ -333,7 +321,7 @@ class ProcgenEnvs:
 
 
 def suite_of(env_id):
-    if env_id in PROCGEN_GAMES:
+    if env_id.isalpha() and env_id.islower():  # such as coinrun; the ids of other environments have a version
         return "procgen"
     return "atari" if env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4") else "continuous"
 
@@ -392,8 +380,8 @@ class MlpActor(nn.Module):
         self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
+        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected, not in
+        forward, because train_teacher.py updates the statistics between a rollout and its update."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -541,9 +529,8 @@ def score(actor, args, device):
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
     if suite_of(args.env_id) == "procgen":
-        test_envs, train_envs = make_envs(args, num_envs, unseen=True), make_envs(args, num_envs)
-        test = evaluate(actor, test_envs, args, device, deterministic=False)
-        return {"test": test, "train": evaluate(actor, train_envs, args, device, deterministic=False)}
+        envs = {"test": make_envs(args, num_envs, unseen=True), "train": make_envs(args, num_envs)}
+        return {levels: evaluate(actor, envs[levels], args, device, deterministic=False) for levels in envs}
     envs = make_envs(args, num_envs)
     scored = evaluate(actor, envs, args, device)
     if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
@@ -555,11 +542,6 @@ def score(actor, args, device):
 def categorical_kl(p, q):
     """KL(p ‖ q) in each state, (n,). torch's own is infinite where a probability underflows."""
     return (p.probs * (p.logits - q.logits)).sum(-1)
-
-
-def policy_kl(p, q):
-    """KL(p ‖ q) in each state, (n,)."""
-    return categorical_kl(p, q) if isinstance(p, Categorical) else kl_divergence(p, q)
 
 
 def main(args):
@@ -584,7 +566,7 @@ def main(args):
     if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
-    if suite != teacher["suite"] or spaces != teacher_spaces:
+    if spaces != teacher_spaces:  # no two suites have the same
         sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -593,11 +575,10 @@ def main(args):
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    if suite == "continuous":
-        torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
+    torch.set_num_threads(1 if suite == "continuous" else NUM_CORES)  # waiting threads take the environments' cores
 
     teacher_actor, teacher_critic = make_networks(network)  # TD: the teacher
-    original_teacher, _ = make_networks(network)
+    original_teacher, _ = make_networks(network)  # TD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
     teacher_critic.load_state_dict(teacher["critic"])
     original_teacher.load_state_dict(teacher["actor"])
@@ -606,7 +587,7 @@ def main(args):
         parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
     student_network = network  # TD: the student's size
     if args.student_size != "same":
-        kind, hidden = SIZES["continuous" if suite == "continuous" else "games"][args.student_size]
+        kind, hidden = SIZES[args.student_size]["continuous" if suite == "continuous" else "games"]
         student_network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic = make_networks(student_network)
     for name, statistics in teacher_actor.named_buffers():  # TD: the teacher's observation statistics, frozen
@@ -615,11 +596,11 @@ def main(args):
         actor.logstd.data.copy_(teacher_actor.logstd)
     for module in (teacher_actor, teacher_critic, original_teacher, actor, critic):
         module.to(device)
+    policy_kl = kl_divergence if suite == "continuous" else categorical_kl
     if args.compile:
         actor.compile()
         critic.compile()
-        global categorical_kl
-        categorical_kl = torch.compile(categorical_kl)  # torch cannot compile kl_divergence
+        policy_kl = torch.compile(policy_kl)  # kl_divergence stays as it is: torch cannot compile it
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "optimizer": optimizer}
@@ -683,20 +664,17 @@ def main(args):
             bar.update(batch_size)
 
             # LOG: the last losses, every 50 iterations and before a save
-            is_last = global_step >= args.total_timesteps
             is_evaluation = args.eval_interval and global_step % args.eval_interval < batch_size
-            is_save = time.time() - last_save > args.save_interval or is_last
+            is_save = time.time() - last_save > args.save_interval or global_step >= args.total_timesteps
             if global_step // batch_size % 50 and not is_evaluation and not is_save:
                 continue
             losses = {"distill_kl": kl_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
             logs = {f"losses/{name}": value.item() for name, value in losses.items()}
-            if not all(map(math.isfinite, logs.values())):
+            if not np.isfinite(list(logs.values())).all():
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["charts/SPS"] = global_step / train_seconds
             if episodes:
-                logs["charts/teacher_episodic_return"], logs["charts/teacher_episodic_length"] = np.mean(
-                    episodes, axis=0
-                )
+                logs["charts/teacher_episodic_return"], _ = np.mean(episodes, axis=0)
             if is_evaluation:
                 scored = score(actor, args, device)
                 scored = scored.get("test", scored)
@@ -704,10 +682,8 @@ def main(args):
                 logs["charts/eval_return"] = scored["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/teacher_episodic_return", math.nan)
-            bar.set_postfix_str(
-                f"teacher's return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False
-            )
+            mean = logs.get("charts/teacher_episodic_return", np.nan)
+            bar.set_postfix_str(f"teacher's return {mean:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
 
             # SAVE
             if is_save:
@@ -740,9 +716,8 @@ def main(args):
         result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
         with open(f"{run_folder}/result.json", "w") as file:
             json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict()}
-        policy.update(return_rms=teacher["return_rms"], format=1, suite=suite, network=student_network)
-        policy.update(score=scores["student"], **facts)
+        policy = dict(format=1, suite=suite, actor=actor.cpu().state_dict(), critic=critic.cpu().state_dict(), **facts)
+        policy.update(network=student_network, return_rms=teacher["return_rms"], score=scores["student"])
         save_path = args.save_path or f"{run_folder}/student.pt"
         save(save_path, policy)
         print(f"saved {save_path} and {run_folder}/result.json")
@@ -760,5 +735,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # the saved arguments are the defaults
         saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
-        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+        args = tyro.cli(Args, default=Args(**saved))
     main(args)

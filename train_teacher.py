@@ -17,7 +17,6 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -33,7 +32,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ale_py.vector_env import AtariVectorEnv
 from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -42,15 +40,10 @@ from tqdm import tqdm
 SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
 Distribution.set_default_validate_args(False)  # saves time
-PROCGEN_GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
-PROCGEN_GAMES += "miner ninja plunder starpilot".split()
 SIZES = {  # the paper, Table 4: kind of network, filters and hidden units
-    "continuous": {"smaller": ("mlp", [128, 64]), "same": ("mlp", [256, 256]), "larger": ("mlp", [512, 512])},
-    "games": {
-        "smaller": ("nature", [32, 32, 32, 128]),
-        "same": ("impala", [16, 32, 32, 256]),
-        "larger": ("impala", [32, 64, 64, 1024]),
-    },
+    "smaller": {"continuous": ("mlp", [128, 64]), "games": ("nature", [32, 32, 32, 128])},
+    "same": {"continuous": ("mlp", [256, 256]), "games": ("impala", [16, 32, 32, 256])},
+    "larger": {"continuous": ("mlp", [512, 512]), "games": ("impala", [32, 64, 64, 1024])},
 }
 HUMAN_SCORES = {  # of random play and of humans (Agent57, https://arxiv.org/abs/2003.13350)
     "atlantis": (12850, 29028.1), "beam_rider": (363.9, 16926.5), "breakout": (1.7, 30.5),
@@ -144,11 +137,9 @@ def reset_envs(envs, seeds):
 def step_envs(envs, actions):
     steps = []
     for env, action in zip(envs, actions, strict=True):
-        obs, reward, terminated, truncated, _ = env.step(action)
-        final_obs = obs
-        if terminated or truncated:
-            final_obs = np.array(obs)  # a copy: reset may write into obs
-            obs, _ = env.reset()
+        final_obs, reward, terminated, truncated, _ = env.step(action)
+        final_obs = np.array(final_obs)  # a copy: reset may write into it
+        obs = env.reset()[0] if terminated or truncated else final_obs
         steps.append((obs, float(reward), terminated, truncated, final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
@@ -162,14 +153,14 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: the other process of the environments has ended; if it is a worker, its error is above")
+        sys.exit("error: a process that steps environments has ended; if it printed an error, that is above")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
-    torch.set_num_threads(1)  # an environment that uses torch would wait for threads that do not survive a fork
+    torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
     try:
@@ -252,12 +243,11 @@ class AtariEnvs:
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = spec["game"]
-        self.envs = AtariVectorEnv(
+        self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
             repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
-            max_num_frames_per_episode=spec["max_num_frames_per_episode"],
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
@@ -303,10 +293,8 @@ class ProcgenEnvs:
 
     def __init__(self, env_id, num_envs, num_levels, start_level, distribution_mode):
         self.num_envs = num_envs
+        sys.modules["gym_notices"] = None  # silences the old gym, which procgen imports
         try:
-            from gym_notices import notices
-
-            notices.notices.clear()  # of the old gym, which procgen imports
             from procgen import ProcgenGym3Env
             from procgen.env import ENV_NAMES
         except (ImportError, OSError) as error:
@@ -343,7 +331,7 @@ class ProcgenEnvs:
 
 
 def suite_of(env_id):
-    if env_id in PROCGEN_GAMES:
+    if env_id.isalpha() and env_id.islower():  # such as coinrun; the ids of other environments have a version
         return "procgen"
     return "atari" if env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4") else "continuous"
 
@@ -402,8 +390,8 @@ class MlpActor(nn.Module):
         self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected and not
-        in forward: train_teacher.py updates the statistics, which would change the importance ratio."""
+        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected, not in
+        forward, because train_teacher.py updates the statistics between a rollout and its update."""
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -551,9 +539,8 @@ def score(actor, args, device):
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
     if suite_of(args.env_id) == "procgen":
-        test_envs, train_envs = make_envs(args, num_envs, unseen=True), make_envs(args, num_envs)
-        test = evaluate(actor, test_envs, args, device, deterministic=False)
-        return {"test": test, "train": evaluate(actor, train_envs, args, device, deterministic=False)}
+        envs = {"test": make_envs(args, num_envs, unseen=True), "train": make_envs(args, num_envs)}
+        return {levels: evaluate(actor, envs[levels], args, device, deterministic=False) for levels in envs}
     envs = make_envs(args, num_envs)
     scored = evaluate(actor, envs, args, device)
     if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
@@ -613,11 +600,10 @@ def main(args):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     collect_threads = 1 if suite == "continuous" else NUM_CORES  # waiting threads take the cores from the environments
 
-    kind, hidden = SIZES["continuous" if suite == "continuous" else "games"][args.size]
+    kind, hidden = SIZES[args.size]["continuous" if suite == "continuous" else "games"]
     network = {"kind": kind, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
     network.update(obs_shape=list(envs.obs_shape), action_dim=envs.action_dim)
     actor, critic = (module.to(device) for module in make_networks(network))
-    obs_rms = getattr(actor, "obs_rms", None)  # pixels have none
     return_rms = RunningMeanStd()
     if args.compile:
         actor.compile()
@@ -652,8 +638,8 @@ def main(args):
     bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
     try:
         raw_obs = torch.as_tensor(envs.reset([args.seed, 1, global_step]), device=device)  # evaluation: [args.seed, 2]
-        if obs_rms is not None and global_step < args.total_timesteps:
-            obs_rms.update(raw_obs)
+        if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # pixels have no statistics
+            actor.obs_rms.update(raw_obs)
         next_obs = actor.normalize(raw_obs)
         torch.set_num_threads(collect_threads)
         while global_step < args.total_timesteps:
@@ -668,8 +654,8 @@ def main(args):
                     actions.append(actor.policy(means_or_logits[-1]).sample())
                     raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     raw_obs = torch.as_tensor(raw_obs, device=device)
-                    if obs_rms is not None:
-                        obs_rms.update(raw_obs)
+                    if hasattr(actor, "obs_rms"):
+                        actor.obs_rms.update(raw_obs)
                     next_obs = actor.normalize(raw_obs)
                     reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
                     running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
@@ -694,8 +680,9 @@ def main(args):
                 rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
                 for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
                     rewards[t, timed_out] += args.gamma * critic(final_obs)
-                rollout = rewards, b_values.view_as(rewards), critic(next_obs), dones
-                b_advantages = compute_gae(*rollout, args.gamma, args.gae_lambda).flatten()
+                values = b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                b_advantages = advantages.flatten()
             b_returns = b_advantages + b_values
 
             # UPDATE
@@ -726,7 +713,7 @@ def main(args):
             }
             logs = {name: value.item() for name, value in logs.items()}
             train_seconds += time.time() - start_time
-            if not all(map(math.isfinite, logs.values())):
+            if not np.isfinite(list(logs.values())).all():
                 sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
             logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
             logs["charts/SPS"] = global_step / train_seconds
@@ -739,7 +726,7 @@ def main(args):
                 logs["charts/eval_return"] = scored["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", math.nan)
+            mean_return = logs.get("charts/episodic_return", np.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(batch_size)
 
@@ -783,5 +770,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # the saved arguments are the defaults
         saved = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)["args"]
-        args = tyro.cli(Args, default=Args(**{**saved, "resume": args.resume}))
+        args = tyro.cli(Args, default=Args(**saved))
     main(args)

@@ -198,7 +198,7 @@ def test_ppd(folder, monkeypatch, case, kl, ratio_grad):
 def test_ppo(folder, monkeypatch, case):
     """The teacher's own statistics are those of VecNormalize, which have seen each observation before it was used."""
     if case.suite != "continuous":
-        monkeypatch.setitem(case.module.SIZES["games"], "smaller", ("nature", [4, 4, 4, 16]))
+        monkeypatch.setitem(case.module.SIZES["smaller"], "games", ("nature", [4, 4, 4, 16]))
     recording = Recording(monkeypatch, case, **HYPERPARAMETERS)
     weights, norm, scaled = replay_ppo(recording, None)
     check_weights(recording, weights)
