@@ -143,7 +143,7 @@ def receive(pipe):
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        sys.exit("error: a process that steps environments has ended; if it printed an error, that is above")
+        sys.exit("error: a process with environments has ended; its error is above, if it had one")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):

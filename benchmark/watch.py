@@ -84,7 +84,7 @@ class Film:
             self.draw = self.envs.envs[0].render
         elif suite == "atari":  # the same game in colour: it gets the same seed and the same actions
             full_size = {"grayscale": False, "img_height": 210, "img_width": 160}
-            self.colour_envs = make_envs_with(args, train_teacher, "AtariVectorEnv", **full_size)
+            self.colour_envs = make_envs_with(args, train_teacher.ale_py, "AtariVectorEnv", **full_size)
             self.draw = lambda: self.colour_obs[0, -1]
         else:
             import procgen
