@@ -595,7 +595,7 @@ def main(args):
         actor.logstd.data.copy_(teacher_actor.logstd)
     for module in (teacher_actor, teacher_critic, original_teacher, actor, critic):
         module.to(device)
-    policy_kl = kl_divergence if suite == "continuous" else categorical_kl
+    policy_kl = kl_divergence if suite == "continuous" else categorical_kl  # SD: KL(p ‖ q), (n,)
     if args.compile:
         actor.compile()
         critic.compile()
