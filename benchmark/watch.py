@@ -29,10 +29,10 @@ def choose_opengl():
     """Set MUJOCO_GL to the first of MuJoCo's ways to OpenGL that works. Each is tried in a process of its own: in the
     same process a failure would break the next one too."""
     backends = [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else ["glfw", "egl", "osmesa"]
+    attempt = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
     for backend in backends:
-        attempt = f"from mujoco.{backend} import GLContext; GLContext(8, 8).make_current()"
+        os.environ["MUJOCO_GL"] = backend
         if subprocess.run([sys.executable, "-c", attempt], capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
             return
     tried = ", ".join(f"MUJOCO_GL={backend}" for backend in backends)
     sys.exit(
