@@ -4,27 +4,25 @@ same-sized or larger student.
     python ppd_atari.py --env-id BreakoutNoFrameskip-v4 --teacher runs/teacher.pt
     python ppd_atari.py --teacher teachers/BreakoutNoFrameskip-v4.pt --student-size smaller --total-timesteps 500000
 
-The student learns by PPO from its own rollouts and rewards, and is drawn to the teacher in the states that it visits:
+The student learns by PPO from its own rollouts, and is drawn to the teacher in the states that it visits:
 
     maximize E[ min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) - λ · KL(π_teacher ‖ π_student) · max(ρ, 1-ε) ]
 
-What is not plain PPO is marked `# PPD:`. PPO is that of stable-baselines3, as in the paper. It differs from CleanRL's:
-games cut off by a time limit are bootstrapped, the value loss is a plain mean squared error, the learning rate is
-constant, log-probabilities and values are computed after the rollout, rewards are scaled by a running standard
-deviation instead of clipped, and actor and critic are two networks.
+`# PPD:` marks what is not plain PPO. Unlike CleanRL's PPO, and like stable-baselines3's, this one bootstraps games that
+a time limit cuts off; its value loss is a plain mean squared error, its learning rate constant. Rewards are scaled by a
+running standard deviation instead of clipped; actor and critic are two networks.
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
 import signal
 import sys
 import time
-from collections import deque
+from importlib import metadata
 from typing import Literal
 
 import ale_py
@@ -53,31 +51,29 @@ class Args:
     exp_name: str = SCRIPT.removesuffix(".py")
     """name of the experiment"""
     seed: int = 100
-    """seed of all that is random (the paper: 100, 200, 300, 400, 500)"""
+    """seed of all that is random (the paper: 100 to 500)"""
     torch_deterministic: bool = True
     """make cuDNN deterministic"""
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
+    """also log to Weights and Biases"""
 
-    # Distillation
     teacher: str | None = None
     """policy file of the teacher, as train_teacher.py writes it"""
     student_size: Literal["smaller", "same", "larger"] = "same"
-    """smaller: Nature-CNN, larger: wide IMPALA-CNN (the paper, Table 4); same: the teacher's network"""
+    """smaller: Nature-CNN; larger: wide IMPALA-CNN (the paper, Table 4); same: the teacher's network"""
     distill_lambda: float = 1.0
     """weight λ of the distillation loss; 0: plain PPO"""
     distill_lambda_end: float | None = None
     """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher ‖ student), as in the paper; reverse: KL(student ‖ teacher)"""
+    """forward: KL(teacher ‖ student), the paper's; reverse: KL(student ‖ teacher)"""
     ratio_grad: bool = True
-    """let the gradient of the distillation loss flow through the ratio ρ too, as in the paper"""
+    """let the gradient of the distillation loss flow through ρ too, as in the paper"""
     teacher_noise: float = 0.0
-    """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
+    """standard deviation of noise on the teacher's parameters (the paper: 0.05)"""
 
-    # PPO
     env_id: str | None = None
     """id of the environment (default: the teacher's)"""
     total_timesteps: int = 2_000_000
@@ -93,39 +89,38 @@ class Args:
     gae_lambda: float = 0.9
     """lambda of generalized advantage estimation"""
     minibatch_size: int = 512
-    """samples in a minibatch; the last of an epoch can be smaller"""
+    """samples in a minibatch"""
     update_epochs: int = 4
     """passes over each rollout"""
     clip_coef: float = 0.2
-    """clip range ε of the importance ratio"""
+    """clip range ε of the importance ratio ρ"""
     ent_coef: float = 0.0
     """coefficient of the entropy bonus"""
     vf_coef: float = 0.5
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient of actor and critic together"""
+    """largest norm of the gradient"""
     compile: bool = False
     """compile the student's networks and the losses"""
     amp: bool = False
     """compute the networks in bfloat16"""
 
-    # Evaluation and saving
     eval_episodes: int = 50
-    """games with deterministic actions at the end of the run"""
+    """games of an evaluation"""
     eval_interval: int = 0
-    """also evaluate the student every so many steps; 0: only at the end"""
+    """steps between evaluations of the student; 0: only at the end"""
     save_path: str | None = None
     """path of the student's policy file (default: student.pt in the run folder)"""
     save_interval: float = 60.0
     """seconds between saves of the training state"""
     resume: str | None = None
-    """run folder to continue, with its arguments; those given on the command line replace them"""
+    """run folder to continue, with its arguments as the defaults"""
 
 
 class AtariEnvs:
     """Atari games in ALE's vector environment: up to 30 no-ops at the start, every action for 4 frames, the maximum of
-    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Many games
-    wait for FIRE at their start and after a lost life, so FIRE is played there, whatever the action."""
+    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Where a
+    game has FIRE, it is played at the start and after a lost life, whatever the action: many games wait for it."""
 
     obs_shape = (4, 84, 84)  # uint8, the newest frame last
 
@@ -150,28 +145,27 @@ class AtariEnvs:
         self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
 
     def reset(self, seed):
-        """Start new games; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs)
         obs, info = self.envs.reset(seed=seeds.astype(int) % 2**31)
         self.lives, self.needs_fire = info["lives"], np.ones(self.num_envs, bool)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return obs
 
     def step(self, actions):
-        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next game where one has
-        ended; rewards, terminated (also by a lost life), truncated (num_envs,); {environment: (score, length)} of the
-        games that have ended. The last observations of truncated games are in final_obs (num_envs, *obs_shape)."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated (a lost life too), truncated (num_envs,),
+        {environment: (score, length)} of the games that ended. The last observations of these are in final_obs."""
         if self.fire is not None:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
-        self.final_obs = info.get("final_obs")
+        self.final_obs = info.get("final_obs", obs)
         life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(game_over | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
+        ended = game_over | truncated
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
+        self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards.astype(float), game_over | life_lost, truncated, finished
 
     def close(self):
@@ -179,16 +173,16 @@ class AtariEnvs:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of batches, in float64 (Chan et al., 1979)."""
+    """Mean and variance of a stream of batches, (n, *shape) float64 (Chan et al., 1979)."""
 
     def __init__(self, shape=()):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, batch):
-        """Take in a batch, (n, *shape) float64."""
+        batch = torch.as_tensor(batch, device=self.mean.device)
         var, mean = torch.var_mean(batch, dim=0, correction=0)
         weight = len(batch) / (self.count + len(batch))
         self.var += weight * (var - self.var + (1 - weight) * (mean - self.mean) ** 2)
@@ -253,8 +247,8 @@ class CnnActor(nn.Module):
         self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs: pixels stay bytes until they are in the network."""
-        return obs
+        """Observations to the networks' inputs: pixels stay bytes until they are in the network."""
+        return torch.as_tensor(obs, device=self.logits.head.weight.device)
 
     def forward(self, obs):
         """Logits (n, action_dim) of the policy for observations (n, *obs_shape) uint8."""
@@ -282,58 +276,50 @@ def save(path, content):
 
 
 def load(flag, path, wanted, **fields):
-    """Read a file of this project, a dict of tensors and plain values with these fields. Nothing in it is executed."""
-    try:
+    """Read a file of this project, a dict with these fields. Nothing in it is executed."""
+    with contextlib.suppress(Exception):  # torch has many kinds of errors for a foreign file
         content = torch.load(path, map_location="cpu", weights_only=True)
         if fields.items() <= content.items():
             return content
-    except Exception:  # torch has many kinds of errors for a foreign file
-        pass
     sys.exit(f"{flag} {path}: missing, damaged, or not {wanted}")
 
 
 @torch.no_grad()
-def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
-    them: the first ones to end would be the short ones. The environments are closed."""
-    quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns = [[] for _ in quotas]
-    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
-    with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(args.seed)
+def evaluate(actor, envs, args, deterministic=True):
+    """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
+    first ones to end would be the short ones."""
+    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    returns = []
+    torch.manual_seed(args.seed)
+    with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while sum(map(len, returns)) < args.eval_episodes:
-            obs = actor.normalize(torch.as_tensor(obs, device=device))
-            policy = actor.policy(actor(obs))
+        while missing.any():
+            policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if len(returns[i]) < quotas[i]:
-                    returns[i].append(episode_return)
-            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+                if missing[i]:
+                    missing[i] -= 1
+                    returns.append(float(episode_return))
+            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
             bar.update(envs.num_envs)
-    returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
 def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
-    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16).
+    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16), (num_steps, num_envs).
 
-    rewards, values, dones: (num_steps, num_envs) float32; dones is 1 where an episode ended with the step. next_value:
-    (num_envs,), the value of the observations after the last step. Returns advantages, (num_steps, num_envs)."""
+    rewards, values, dones: (num_steps, num_envs) float32; next_value: (num_envs,), of the observations that follow."""
     next_values = torch.cat([values[1:], next_value[None]])
     deltas = rewards + gamma * next_values * (1 - dones) - values
-    advantages = torch.zeros_like(rewards)
-    advantage = 0
+    advantages, advantage = torch.zeros_like(rewards), 0
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantage
     return advantages
 
 
 def ppo_loss(logratio, advantages, clip_coef):
-    """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
-
-    logratio: log ρ (n,); advantages: (n,), normalized here."""
+    """-E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)] (https://arxiv.org/abs/1707.06347, eq. 7). logratio: log ρ; all are (n,)."""
     if len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
@@ -346,9 +332,7 @@ def categorical_kl(p, q):
 
 
 def distill_loss(logratio, kl, clip_coef):  # PPD: the distillation loss
-    """E[KL · max(ρ, 1-ε)]. Gradients flow through both factors, unless logratio is detached.
-
-    logratio: log ρ (n,); kl: KL between teacher and student in each state (n,)."""
+    """E[KL · max(ρ, 1-ε)]. logratio: log ρ; all are (n,). Gradients flow through both factors."""
     return (kl * logratio.exp().clamp(min=1 - clip_coef)).mean()
 
 
@@ -357,43 +341,40 @@ def main(args):
     wanted = "a teacher for Atari: see teachers/BreakoutNoFrameskip-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1, suite="atari")  # PPD: its policy file
     network = teacher["network"]
-    state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
+    if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = AtariEnvs(args.env_id, args.num_envs)
     except gym.error.UnregisteredEnv as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
-    spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
-    if spaces != teacher_spaces:
-        sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
     Cnn.amp = args.amp
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
     teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
-    original_teacher = CnnActor(network)  # PPD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
-    original_teacher.load_state_dict(teacher["actor"])
-    noise_generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
-        parameter += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
-    student_network = network  # PPD: the student's size
-    if args.student_size != "same":
+        parameter += args.teacher_noise * torch.randn_like(parameter)
+    teacher_actor.to(device)
+    if args.student_size != "same":  # PPD: the student's size
         sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
         kind, hidden = sizes[args.student_size]
-        student_network = dict(network, kind=kind, actor_hidden=hidden, critic_hidden=hidden)
-    actor, critic, return_rms = CnnActor(student_network), CnnCritic(student_network), RunningMeanStd()
-    for module in (teacher_actor, original_teacher, actor, critic):
-        module.to(device)
+        network = dict(network, kind=kind, actor_hidden=hidden, critic_hidden=hidden)
+    actor, critic, return_rms = CnnActor(network).to(device), CnnCritic(network).to(device), RunningMeanStd()
     if args.compile:
         actor.compile()
         critic.compile()
@@ -402,14 +383,10 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
-    global_step, train_seconds, eval_curve = 0, 0.0, []
-    if state:
+    if args.resume:
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
-        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
@@ -417,59 +394,52 @@ def main(args):
         import wandb
 
         wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    running_return = torch.zeros(args.num_envs, dtype=torch.float64)
-    num_eval_envs = min(args.num_envs, args.eval_episodes)
     lambda_end = args.distill_lambda if args.distill_lambda_end is None else args.distill_lambda_end  # PPD: default
-    episodes = deque(maxlen=100)  # return and length
-    last_save = 0.0
-    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
+    num_eval_envs = min(args.num_envs, args.eval_episodes)
+    running_return, episodes, last_save = np.zeros(args.num_envs), [], 0.0
+    steps = range(global_step + batch_size, args.total_timesteps + batch_size, batch_size)
+    bar = tqdm(steps, unit=" steps", unit_scale=batch_size, mininterval=1)
     try:
-        raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
-        next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-        while global_step < args.total_timesteps:
-            start_time = time.time()
-
+        next_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
+        for global_step in bar:
             # COLLECT: the student acts
-            obs, actions, student_logits, rewards, dones, timeouts = [], [], [], [], [], []
+            start_time = time.time()
+            torch.manual_seed(hash((args.seed, global_step)))  # whatever an evaluation has drawn before
+            obs, actions, student_logits, rewards, dones, timeouts, final_obs = [], [], [], [], [], [], []
             with torch.no_grad():
-                for t in range(args.num_steps):
-                    obs.append(next_obs)
-                    student_logits.append(actor(next_obs))
+                for _ in range(args.num_steps):
+                    obs.append(actor.normalize(next_obs))
+                    student_logits.append(actor(obs[-1]))
                     actions.append(actor.policy(student_logits[-1]).sample())
-                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
-                    next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-                    reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
+                    next_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
+                    dones.append(terminated | truncated)
+                    timeouts.append(truncated & ~terminated)
+                    final_obs.append(envs.final_obs[timeouts[-1]])
                     running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
                     return_rms.update(running_return)
-                    running_return *= 1 - done
-                    reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
-                    timed_out = np.flatnonzero(truncated & ~terminated)
-                    if len(timed_out):
-                        final_obs = torch.as_tensor(envs.final_obs[timed_out], device=device)
-                        timeouts.append((t, timed_out, actor.normalize(final_obs)))
-                    rewards.append(reward)
-                    dones.append(done)
-                    episodes.extend(finished.values())
-            global_step += batch_size
+                    running_return[dones[-1]] = 0
+                    rewards.append(np.clip(reward / np.sqrt(return_rms.var.item() + 1e-8), -10, 10))
+                    episodes += finished.values()
 
             # ADVANTAGE
-            b_obs, b_actions = torch.cat(obs), torch.cat(actions)
             with torch.no_grad():
-                chunks = b_obs.split(args.minibatch_size)
-                b_values = torch.cat([critic(chunk) for chunk in chunks])
-                b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
+                b_obs, b_actions = torch.cat(obs), torch.cat(actions)
                 b_logprobs = actor.policy(torch.cat(student_logits)).log_prob(b_actions)
-                rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
-                for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
-                    rewards[t, timed_out] += args.gamma * critic(final_obs)
-                values = b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                chunks = b_obs.split(args.minibatch_size)
+                b_teacher_logits = torch.cat([teacher_actor(chunk) for chunk in chunks])  # PPD: asked once per state
+                b_values = torch.cat([critic(chunk) for chunk in chunks])
+                rewards = torch.as_tensor(np.float32(rewards), device=device)
+                dones = torch.as_tensor(np.float32(dones), device=device)
+                # A time limit is not the end: add the value of what would follow
+                rewards[np.nonzero(timeouts)] += args.gamma * critic(actor.normalize(np.concatenate(final_obs)))
+                next_value, values = critic(actor.normalize(next_obs)), b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
                 b_advantages = advantages.flatten()
-            b_returns = b_advantages + b_values
+                b_returns = b_advantages + b_values
 
             # UPDATE
             progress = min(global_step / args.total_timesteps, 1)
@@ -494,8 +464,11 @@ def main(args):
                     loss.backward()
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
+            train_seconds += time.time() - start_time
 
             # LOG: the losses are those of the last minibatch
+            if not np.isfinite((loss + grad_norm).item()):
+                sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
             logs = {
                 "losses/policy_loss": pg_loss,
                 "losses/value_loss": v_loss,
@@ -503,71 +476,63 @@ def main(args):
                 "losses/distill_kl": kl.mean(),  # PPD: in the log
                 "losses/approx_kl": (logratio.exp() - 1 - logratio).mean(),
                 "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                "losses/explained_variance": 1 - b_advantages.var() / b_returns.var(),
                 "losses/grad_norm": grad_norm,
+                "charts/distill_lambda": distill_lambda,  # PPD: in the log
+                "charts/SPS": global_step / train_seconds,
             }
-            logs = {name: value.item() for name, value in logs.items()}
-            train_seconds += time.time() - start_time
-            if not np.isfinite(list(logs.values())).all():
-                sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
-            logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
-            logs["charts/distill_lambda"] = distill_lambda  # PPD: in the log
-            logs["charts/SPS"] = global_step / train_seconds
             if episodes:
-                logs["charts/episodic_return"], logs["charts/episodic_length"] = np.mean(episodes, axis=0)
+                mean_return, mean_length = np.mean(episodes[-100:], axis=0)
+                logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+                bar.set_postfix_str(f"return {mean_return:.1f}, KL {kl.mean().item():.4f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < batch_size:
-                score = evaluate(actor, AtariEnvs(args.env_id, num_eval_envs), args, device)
+                score = evaluate(actor, AtariEnvs(args.env_id, num_eval_envs), args)
                 eval_curve.append([global_step, score["mean"], score["std"]])
                 logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", np.nan)
-            bar.set_postfix_str(f"return {mean_return:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
-            bar.update(batch_size)
 
             # SAVE
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
                 state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
-                state.update(eval_curve=eval_curve, rng=torch.get_rng_state())
-                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-                save(f"{run_folder}/checkpoint.pt", state)
+                save(f"{run_folder}/checkpoint.pt", {**state, "eval_curve": eval_curve})
                 last_save = time.time()
 
         # RESULT
-        bar.close()
-        scored_actors = {"teacher": original_teacher, "student": actor}
+        scores = {"student": evaluate(actor, AtariEnvs(args.env_id, num_eval_envs), args)}
         if args.teacher_noise:
-            scored_actors["corrupted_teacher"] = teacher_actor
-        scores = {}
-        for name, scored_actor in scored_actors.items():
-            score = scores[name] = evaluate(scored_actor, AtariEnvs(args.env_id, num_eval_envs), args, device)
-            print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
-        measure = "mean"
-        if envs.game in HUMAN_SCORES:
-            measure = "human_normalized"
-            random_score, human_score = HUMAN_SCORES[envs.game]
-            for score in scores.values():
-                score[measure] = (score["mean"] - random_score) / (human_score - random_score)
-        ratio = scores["student"][measure] / scores["teacher"][measure] if scores["teacher"][measure] > 0 else None
-        print(f"student / teacher: {ratio if ratio is None else round(ratio, 3)} ({measure})")
-        writer.add_scalar("charts/teacher_return", scores["teacher"]["mean"], global_step)
-        writer.add_scalar("charts/eval_return", scores["student"]["mean"], global_step)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-        with open(f"{run_folder}/result.json", "w") as file:
-            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-        policy.update(format=1, suite="atari", network=student_network, score=scores["student"], **facts)
-        save_path = args.save_path or f"{run_folder}/student.pt"
-        save(save_path, policy)
-        print(f"saved {save_path} and {run_folder}/result.json")
+            scores["corrupted_teacher"] = evaluate(teacher_actor, AtariEnvs(args.env_id, num_eval_envs), args)
+            teacher_actor.load_state_dict(teacher["actor"])
+        scores["teacher"] = evaluate(teacher_actor, AtariEnvs(args.env_id, num_eval_envs), args)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
-        bar.close()
         envs.close()
-        writer.close()
+        writer.flush()
+    for name, score in scores.items():
+        print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
+    measure = "mean"
+    if envs.game in HUMAN_SCORES:
+        measure = "human_normalized"
+        random_score, human_score = HUMAN_SCORES[envs.game]
+        for score in scores.values():
+            score[measure] = (score["mean"] - random_score) / (human_score - random_score)
+    ratio = scores["student"][measure] / scores["teacher"][measure] if scores["teacher"][measure] > 0 else None
+    print(f"student / teacher: {ratio and round(ratio, 3)} ({measure})")
+    writer.add_scalar("charts/teacher_return", scores["teacher"]["mean"], global_step)
+    writer.add_scalar("charts/eval_return", scores["student"]["mean"], global_step)
+    writer.close()
+    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "ale-py")}
+    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+    with open(f"{run_folder}/result.json", "w") as file:
+        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+    policy.update(format=1, suite="atari", network=network, score=scores["student"], **facts)
+    save_path = args.save_path or f"{run_folder}/student.pt"
+    save(save_path, policy)
+    print(f"saved {save_path} and {run_folder}/result.json")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ critic is fitted to the teacher's values. The teacher's observation statistics a
 import contextlib
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import random
 import signal
 import sys
 import time
-from collections import deque
+from importlib import metadata
 from typing import Literal
 
 import ale_py
@@ -59,15 +58,14 @@ class Args:
     exp_name: str = SCRIPT.removesuffix(".py")
     """name of the experiment"""
     seed: int = 100
-    """seed of all that is random (the paper: 100, 200, 300, 400, 500)"""
+    """seed of all that is random (the paper: 100 to 500)"""
     torch_deterministic: bool = True
     """make cuDNN deterministic"""
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
+    """also log to Weights and Biases"""
 
-    # Distillation
     teacher: str | None = None
     """policy file of the teacher, as train_teacher.py writes it"""
     student_size: Literal["smaller", "same", "larger"] = "same"
@@ -77,7 +75,6 @@ class Args:
     teacher_noise: float = 0.0
     """add Gaussian noise of this standard deviation to the teacher's parameters (the paper: 0.05)"""
 
-    # Algorithm
     env_id: str | None = None
     """id of the environment (default: the teacher's)"""
     num_levels: int = 200
@@ -99,13 +96,12 @@ class Args:
     vf_coef: float = 0.5
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient of actor and critic together"""
+    """largest norm of the gradient"""
     compile: bool = False
     """compile the student's networks"""
     amp: bool = False
     """compute convolutional networks in bfloat16"""
 
-    # Evaluation and saving
     eval_episodes: int | None = None
     """episodes at the end of the run (default: the paper's, 50; Procgen: 200 on unseen and 200 on training levels)"""
     eval_interval: int = 0
@@ -115,7 +111,7 @@ class Args:
     save_interval: float = 60.0
     """seconds between saves of the training state"""
     resume: str | None = None
-    """run folder to continue, with its arguments; those given on the command line replace them"""
+    """run folder to continue, with its arguments as the defaults"""
 
 
 def reset_envs(envs, seeds):
@@ -140,10 +136,9 @@ def receive(pipe):
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
-    try:
+    with contextlib.suppress(EOFError, ConnectionError):
         return pipe.recv()
-    except (EOFError, ConnectionError):
-        sys.exit("error: a process with environments has ended; its error is above, if it had one")
+    sys.exit("error: a process with environments has ended; its error is above, if it had one")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
@@ -152,77 +147,66 @@ def work(pipe, parent_pipe, env_id, num_envs):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
     torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
-    envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-    try:
+    with contextlib.ExitStack() as stack:  # closes the environments
+        envs = [stack.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in range(num_envs)]
         while True:
             function, argument = receive(pipe)
             pipe.send(function(envs, argument))
-    finally:
-        for env in envs:
-            env.close()
 
 
-class ContinuousEnvs:
-    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
-    the first share, a worker process each of the others. Their number changes no result, unless environments draw from
-    the global generators."""
+class ContinuousEnvs(contextlib.ExitStack):
+    """Environments with flat Box observations and actions, split into one share per core: this process steps the first
+    share, a worker process each of the others. The number of cores changes no result. close() closes all."""
 
     def __init__(self, env_id, num_envs):
-        self.num_envs = num_envs
-        first_size, *sizes = [len(share) for share in np.array_split(range(num_envs), min(num_envs, NUM_CORES))]
-        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(first_size)]  # the checker takes time
+        super().__init__()
+        self.num_envs, self.pipes = num_envs, []
+        share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
         self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
         for space in (obs_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
         self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
-        self.workers = []  # process and pipe to it
-        for size in sizes:
+        for share in others:
             pipe, worker_pipe = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, size), daemon=True)
+            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
             worker_pipe.close()
-            self.workers.append((process, pipe))
+            self.pipes.append(self.enter_context(pipe))
+            self.callback(process.join)
+            self.callback(process.terminate)  # called before join: close() goes backwards
 
     def call(self, function, argument):
-        """Call a function for each share with its part of the argument, and join the arrays that come back."""
-        first_part, *parts = np.array_split(argument, len(self.workers) + 1)
-        for (_, pipe), part in zip(self.workers, parts, strict=True):
-            pipe.send((function, part))
-        results = [function(self.envs, first_part), *(receive(pipe) for _, pipe in self.workers)]
+        """Call a function with each share and its part of the argument. Joins the arrays that come back."""
+        part, *others = np.array_split(argument, len(self.pipes) + 1)
+        for pipe, other in zip(self.pipes, others, strict=True):
+            pipe.send((function, other))
+        results = [function(self.envs, part), *map(receive, self.pipes)]
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        """Start new episodes. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
 
     def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), rewards, terminated, truncated
-        (num_envs,), and {environment: (return, length)} of the episodes that have ended. There, the observation is the
-        first of the next episode, and final_obs (num_envs, *obs_shape) has the last."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated, truncated (num_envs,), and {environment:
+        (return, length)} of the episodes that ended. Where one did, its last observation is in final_obs."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(terminated | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
+        ended = terminated | truncated
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
+        self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards, terminated, truncated, finished
-
-    def close(self):
-        for process, pipe in self.workers:
-            process.terminate()
-            process.join()
-            pipe.close()
-        for env in self.envs:
-            env.close()
 
 
 class AtariEnvs:
     """Atari games in ALE's vector environment: up to 30 no-ops at the start, every action for 4 frames, the maximum of
-    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Many games
-    wait for FIRE at their start and after a lost life, so FIRE is played there, whatever the action."""
+    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Where a
+    game has FIRE, it is played at the start and after a lost life, whatever the action: many games wait for it."""
 
     obs_shape = (4, 84, 84)  # uint8, the newest frame last
 
@@ -247,28 +231,27 @@ class AtariEnvs:
         self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
 
     def reset(self, seed):
-        """Start new games; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs)
         obs, info = self.envs.reset(seed=seeds.astype(int) % 2**31)
         self.lives, self.needs_fire = info["lives"], np.ones(self.num_envs, bool)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return obs
 
     def step(self, actions):
-        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next game where one has
-        ended; rewards, terminated (also by a lost life), truncated (num_envs,); {environment: (score, length)} of the
-        games that have ended. The last observations of truncated games are in final_obs (num_envs, *obs_shape)."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated (a lost life too), truncated (num_envs,),
+        {environment: (score, length)} of the games that ended. The last observations of these are in final_obs."""
         if self.fire is not None:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
-        self.final_obs = info.get("final_obs")
+        self.final_obs = info.get("final_obs", obs)
         life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(game_over | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
+        ended = game_over | truncated
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
+        self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards.astype(float), game_over | life_lost, truncated, finished
 
     def close(self):
@@ -297,24 +280,23 @@ class ProcgenEnvs:
         self.envs = self.make(0)
 
     def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        """Start new episodes. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
         self.envs.close()
         self.envs = self.make(int(np.random.SeedSequence(seed).generate_state(1)[0]) % 2**31)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return self.envs.observe()[1]["rgb"].transpose(0, 3, 1, 2)
 
     def step(self, actions):
-        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next episode where one has
-        ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that have
-        ended."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated, truncated (num_envs,), and {environment:
+        (return, length)} of the episodes that ended."""
         self.envs.act(actions)
         rewards, obs, first = self.envs.observe()  # where first is set, the rewards are still those of the last episode
+        self.final_obs = obs = obs["rgb"].transpose(0, 3, 1, 2)  # nothing is truncated
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(first)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
-        return obs["rgb"].transpose(0, 3, 1, 2), rewards.astype(float), first, np.zeros_like(first), finished
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(first)}
+        self.returns[first] = self.lengths[first] = 0
+        return obs, rewards.astype(float), first, np.zeros_like(first), finished
 
     def close(self):
         self.envs.close()
@@ -335,16 +317,16 @@ def make_envs(args, num_envs, unseen=False):
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of batches, in float64 (Chan et al., 1979)."""
+    """Mean and variance of a stream of batches, (n, *shape) float64 (Chan et al., 1979)."""
 
     def __init__(self, shape=()):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, batch):
-        """Take in a batch, (n, *shape) float64."""
+        batch = torch.as_tensor(batch, device=self.mean.device)
         var, mean = torch.var_mean(batch, dim=0, correction=0)
         weight = len(batch) / (self.count + len(batch))
         self.var += weight * (var - self.var + (1 - weight) * (mean - self.mean) ** 2)
@@ -358,30 +340,28 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
-def mlp(network, hidden, num_outputs, output_std):
-    """A multilayer perceptron. `network` is the description of the networks in a policy file."""
-    activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
-    sizes = [*network["obs_shape"], *hidden]
+def mlp(sizes, activation, output_std):
     layers = []
-    for num_inputs, num_units in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
+    for num_inputs, num_units in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [layer_init(nn.Linear(num_inputs, num_units)), {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(*sizes[-2:]), output_std))
 
 
 class MlpActor(nn.Module):
-    """Gaussian policy, whose log standard deviation is the same in all states, with its observation statistics."""
+    """Gaussian policy with its observation statistics. `network` is the description in a policy file."""
 
     def __init__(self, network):
         super().__init__()
-        self.mean = mlp(network, network["actor_hidden"], network["action_dim"], 0.01)
-        self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))
+        sizes = [*network["obs_shape"], *network["actor_hidden"], network["action_dim"]]
+        self.mean = mlp(sizes, network["activation"], output_std=0.01)
+        self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))  # the same in all states
         self.obs_rms = RunningMeanStd(network["obs_shape"])
-        self.register_buffer("obs_clip", torch.tensor(10.0, dtype=torch.float64))
-        self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
+        self.obs_clip = nn.Buffer(torch.tensor(10.0, dtype=torch.float64))
+        self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected, not in
-        forward, because train_teacher.py updates the statistics between a rollout and its update."""
+        """Observations to the networks' inputs. Called when they are collected, as a teacher's statistics change."""
+        obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -396,7 +376,8 @@ class MlpActor(nn.Module):
 class MlpCritic(nn.Module):
     def __init__(self, network):
         super().__init__()
-        self.value = mlp(network, network["critic_hidden"], 1, 1.0)
+        sizes = [*network["obs_shape"], *network["critic_hidden"], 1]
+        self.value = mlp(sizes, network["activation"], output_std=1.0)
 
     def forward(self, obs):
         """Values (n,) of normalized observations (n, obs_dim)."""
@@ -454,8 +435,8 @@ class CnnActor(nn.Module):
         self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs: pixels stay bytes until they are in the network."""
-        return obs
+        """Observations to the networks' inputs: pixels stay bytes until they are in the network."""
+        return torch.as_tensor(obs, device=self.logits.head.weight.device)
 
     def forward(self, obs):
         """Logits (n, action_dim) of the policy for observations (n, *obs_shape) uint8."""
@@ -490,49 +471,45 @@ def save(path, content):
 
 
 def load(flag, path, wanted, **fields):
-    """Read a file of this project, a dict of tensors and plain values with these fields. Nothing in it is executed."""
-    try:
+    """Read a file of this project, a dict with these fields. Nothing in it is executed."""
+    with contextlib.suppress(Exception):  # torch has many kinds of errors for a foreign file
         content = torch.load(path, map_location="cpu", weights_only=True)
         if fields.items() <= content.items():
             return content
-    except Exception:  # torch has many kinds of errors for a foreign file
-        pass
     sys.exit(f"{flag} {path}: missing, damaged, or not {wanted}")
 
 
 @torch.no_grad()
-def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
-    them: the first ones to end would be the short ones. The environments are closed."""
-    quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns = [[] for _ in quotas]
-    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
-    with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(args.seed)
+def evaluate(actor, envs, args, deterministic=True):
+    """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
+    first ones to end would be the short ones."""
+    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    returns = []
+    torch.manual_seed(args.seed)
+    with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while sum(map(len, returns)) < args.eval_episodes:
-            obs = actor.normalize(torch.as_tensor(obs, device=device))
-            policy = actor.policy(actor(obs))
+        while missing.any():
+            policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if len(returns[i]) < quotas[i]:
-                    returns[i].append(episode_return)
-            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+                if missing[i]:
+                    missing[i] -= 1
+                    returns.append(float(episode_return))
+            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
             bar.update(envs.num_envs)
-    returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def score(actor, args, device):
+def score(actor, args):
     """The score of a policy: on Procgen one on unseen levels ("test") and one on those of training ("train"), with
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
+    envs = make_envs(args, num_envs, unseen=True)
     if suite_of(args.env_id) == "procgen":
-        envs = {"test": make_envs(args, num_envs, unseen=True), "train": make_envs(args, num_envs)}
-        return {levels: evaluate(actor, envs[levels], args, device, deterministic=False) for levels in envs}
-    envs = make_envs(args, num_envs)
-    scored = evaluate(actor, envs, args, device)
+        test = evaluate(actor, envs, args, deterministic=False)
+        return {"test": test, "train": evaluate(actor, make_envs(args, num_envs), args, deterministic=False)}
+    scored = evaluate(actor, envs, args)
     if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
         random_score, human_score = HUMAN_SCORES[envs.game]
         scored["human_normalized"] = (scored["mean"] - random_score) / (human_score - random_score)
@@ -547,9 +524,12 @@ def categorical_kl(p, q):
 def main(args):
     # SETUP
     wanted = "a teacher: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
-    teacher = load("--teacher", args.teacher, wanted, format=1)
+    teacher = load("--teacher", args.teacher, wanted, format=1)  # TD: its policy file
     network = teacher["network"]
-    state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
+    if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
     suite = suite_of(args.env_id)
     if args.eval_episodes is None:
@@ -557,20 +537,18 @@ def main(args):
     if args.eval_episodes < 1:
         sys.exit("--eval-episodes: at least 1")
     batch_size = args.num_envs * args.num_steps
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = make_envs(args, args.num_envs)
     except gym.error.UnregisteredEnv as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:  # no two suites are alike
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
     if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
-    spaces, teacher_spaces = [[*envs.obs_shape], envs.action_dim], [network["obs_shape"], network["action_dim"]]
-    if spaces != teacher_spaces:  # no two suites have the same
-        sys.exit(f"--teacher {args.teacher}: obs_shape, action_dim {teacher_spaces}; {args.env_id} has {spaces}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
     Cnn.amp = args.amp
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
@@ -578,23 +556,19 @@ def main(args):
     torch.set_num_threads(1 if suite == "continuous" else NUM_CORES)  # waiting threads take the environments' cores
 
     teacher_actor, teacher_critic = make_networks(network)  # TD: the teacher
-    original_teacher, _ = make_networks(network)  # TD: without noise, to score it
     teacher_actor.load_state_dict(teacher["actor"])
     teacher_critic.load_state_dict(teacher["critic"])
-    original_teacher.load_state_dict(teacher["actor"])
-    noise_generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
-        parameter.data += args.teacher_noise * torch.randn(parameter.shape, generator=noise_generator)
-    student_network = network  # TD: the student's size
-    if args.student_size != "same":
+        parameter.data += args.teacher_noise * torch.randn_like(parameter)
+    if args.student_size != "same":  # TD: the student's size
         kind, hidden = SIZES[args.student_size]["continuous" if suite == "continuous" else "games"]
-        student_network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
-    actor, critic = make_networks(student_network)
-    for name, statistics in teacher_actor.named_buffers():  # TD: the teacher's observation statistics, frozen
-        actor.get_buffer(name).copy_(statistics)
+        network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
+    actor, critic = make_networks(network)
+    actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # TD: observation statistics, frozen
     if args.teacher_logstd and suite == "continuous":  # TD: ours, start with the teacher's standard deviation
         actor.logstd.data.copy_(teacher_actor.logstd)
-    for module in (teacher_actor, teacher_critic, original_teacher, actor, critic):
+    for module in (teacher_actor, teacher_critic, actor, critic):
         module.to(device)
     policy_kl = kl_divergence if suite == "continuous" else categorical_kl  # TD: KL(p ‖ q), (n,)
     if args.compile:
@@ -604,14 +578,10 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "optimizer": optimizer}
-    global_step, train_seconds, eval_curve = 0, 0.0, []
-    if state:
+    if args.resume:
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
-        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
@@ -619,30 +589,27 @@ def main(args):
         import wandb
 
         wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    episodes = deque(maxlen=100)  # return and length
-    last_save = 0.0
-    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
+    episodes, last_save = [], 0.0
+    steps = range(global_step + batch_size, args.total_timesteps + batch_size, batch_size)
+    bar = tqdm(steps, unit=" steps", unit_scale=batch_size, mininterval=1)
     try:
-        raw_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
-        next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-        while global_step < args.total_timesteps:
-            start_time = time.time()
-
+        next_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
+        for global_step in bar:
             # COLLECT: the teacher acts
+            start_time = time.time()
+            torch.manual_seed(hash((args.seed, global_step)))  # whatever an evaluation has drawn before
             obs, teacher_params = [], []
             for _ in range(args.num_steps):
-                obs.append(next_obs)
+                obs.append(actor.normalize(next_obs))
                 with torch.no_grad():
-                    teacher_params.append(teacher_actor(next_obs))  # TD: its means or logits
+                    teacher_params.append(teacher_actor(obs[-1]))  # TD: its means or logits
                     actions = teacher_actor.policy(teacher_params[-1]).sample()  # TD: the teacher
-                raw_obs, _, _, _, finished = envs.step(actions.cpu().numpy())
-                next_obs = actor.normalize(torch.as_tensor(raw_obs, device=device))
-                episodes.extend(finished.values())
-            global_step += batch_size
+                next_obs, _, _, _, finished = envs.step(actions.cpu().numpy())
+                episodes += finished.values()
 
             # UPDATE: one gradient step
             b_obs = torch.cat(obs)
@@ -659,75 +626,74 @@ def main(args):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-
             train_seconds += time.time() - start_time
-            bar.update(batch_size)
 
             # LOG: the last losses, every 50 iterations and before a save
             is_evaluation = args.eval_interval and global_step % args.eval_interval < batch_size
             is_save = time.time() - last_save > args.save_interval or global_step >= args.total_timesteps
             if global_step // batch_size % 50 and not is_evaluation and not is_save:
                 continue
-            losses = {"distill_kl": kl_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
-            logs = {f"losses/{name}": value.item() for name, value in losses.items()}
-            if not np.isfinite(list(logs.values())).all():
-                sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
-            logs["charts/SPS"] = global_step / train_seconds
+            if not np.isfinite((loss + grad_norm).item()):
+                sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
+            logs = {
+                "losses/distill_kl": kl_loss,
+                "losses/value_loss": v_loss,
+                "losses/entropy": entropy,
+                "losses/grad_norm": grad_norm,
+                "charts/SPS": global_step / train_seconds,
+            }
             if episodes:
-                logs["charts/teacher_episodic_return"], _ = np.mean(episodes, axis=0)
+                mean_return = logs["charts/teacher_episodic_return"] = np.mean(episodes[-100:], axis=0)[0]
+                bar.set_postfix_str(f"teacher's return {mean_return:.1f}, KL {kl_loss.item():.4f}", refresh=False)
             if is_evaluation:
-                scored = score(actor, args, device)
+                scored = score(actor, args)
                 scored = scored.get("test", scored)
                 eval_curve.append([global_step, scored["mean"], scored["std"]])
                 logs["charts/eval_return"] = scored["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean = logs.get("charts/teacher_episodic_return", np.nan)
-            bar.set_postfix_str(f"teacher's return {mean:.1f}, KL {logs['losses/distill_kl']:.4f}", refresh=False)
 
             # SAVE
             if is_save:
                 state = {name: part.state_dict() for name, part in trained.items()}
                 state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
-                state.update(eval_curve=eval_curve, rng=torch.get_rng_state())
-                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-                save(f"{run_folder}/checkpoint.pt", state)
+                save(f"{run_folder}/checkpoint.pt", {**state, "eval_curve": eval_curve})
                 last_save = time.time()
 
         # RESULT
-        bar.close()
-        scores = {"teacher": score(original_teacher, args, device), "student": score(actor, args, device)}
+        scores = {"student": score(actor, args)}
         if args.teacher_noise:
-            scores["corrupted_teacher"] = score(teacher_actor, args, device)
-        ratio = {}
-        for levels in ("test", "train") if suite == "procgen" else ("all",):
-            means, label = {}, f", {levels} levels" if suite == "procgen" else ""
-            for name, scored in scores.items():
-                scored = scored.get(levels, scored)
-                means[name] = scored.get("human_normalized", scored["mean"])
-                print(f"{name}{label}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes")
-            ratio[levels] = means["student"] / means["teacher"] if means["teacher"] > 0 else None
-            print(f"student / teacher{label}: {ratio[levels] and round(ratio[levels], 3)}")
-        ratio = ratio.get("all", ratio)
-        for name, tag in (("teacher", "charts/teacher_return"), ("student", "charts/eval_return")):
-            writer.add_scalar(tag, scores[name].get("test", scores[name])["mean"], global_step)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-        with open(f"{run_folder}/result.json", "w") as file:
-            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = dict(format=1, suite=suite, actor=actor.cpu().state_dict(), critic=critic.cpu().state_dict(), **facts)
-        policy.update(network=student_network, return_rms=teacher["return_rms"], score=scores["student"])
-        save_path = args.save_path or f"{run_folder}/student.pt"
-        save(save_path, policy)
-        print(f"saved {save_path} and {run_folder}/result.json")
+            scores["corrupted_teacher"] = score(teacher_actor, args)
+            teacher_actor.load_state_dict(teacher["actor"])
+        scores["teacher"] = score(teacher_actor, args)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
-        bar.close()
         envs.close()
-        writer.close()
-        torch.set_num_threads(NUM_CORES)
+        writer.flush()
+    ratio = {}
+    for levels in ("test", "train") if suite == "procgen" else ("all",):
+        means, label = {}, f", {levels} levels" if suite == "procgen" else ""
+        for name, scored in scores.items():
+            scored = scored.get(levels, scored)
+            means[name] = scored.get("human_normalized", scored["mean"])
+            print(f"{name}{label}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes")
+        ratio[levels] = means["student"] / means["teacher"] if means["teacher"] > 0 else None
+        print(f"student / teacher{label}: {ratio[levels] and round(ratio[levels], 3)}")
+    ratio = ratio.get("all", ratio)
+    for name, tag in (("teacher", "charts/teacher_return"), ("student", "charts/eval_return")):
+        writer.add_scalar(tag, scores[name].get("test", scores[name])["mean"], global_step)
+    writer.close()
+    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
+    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+    with open(f"{run_folder}/result.json", "w") as file:
+        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+    policy = dict(format=1, suite=suite, actor=actor.cpu().state_dict(), critic=critic.cpu().state_dict(), **facts)
+    policy.update(network=network, return_rms=teacher["return_rms"], score=scores["student"])
+    save_path = args.save_path or f"{run_folder}/student.pt"
+    save(save_path, policy)
+    print(f"saved {save_path} and {run_folder}/result.json")
 
 
 if __name__ == "__main__":

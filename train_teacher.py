@@ -15,7 +15,6 @@ in the paper.
 import contextlib
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import random
 import signal
 import sys
 import time
-from collections import deque
+from importlib import metadata
 from typing import Literal
 
 import ale_py
@@ -67,15 +66,14 @@ class Args:
     exp_name: str = SCRIPT.removesuffix(".py")
     """name of the experiment"""
     seed: int = 100
-    """seed of all that is random (the paper: 100, 200, 300, 400, 500)"""
+    """seed of all that is random (the paper: 100 to 500)"""
     torch_deterministic: bool = True
     """make cuDNN deterministic"""
     cuda: bool = True
     """use the GPU, where there is one"""
     track: bool = False
-    """also log to Weights and Biases (project and entity: WANDB_PROJECT, WANDB_ENTITY)"""
+    """also log to Weights and Biases"""
 
-    # PPO
     env_id: str = "Hopper-v4"
     """MuJoCo or another gymnasium environment with flat Box spaces, Atari (...NoFrameskip-v4, ALE/...-v5), Procgen"""
     num_levels: int = 200
@@ -109,13 +107,12 @@ class Args:
     vf_coef: float = 0.5
     """coefficient of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient of actor and critic together"""
+    """largest norm of the gradient"""
     compile: bool = False
     """compile networks and loss"""
     amp: bool = False
     """compute convolutional networks in bfloat16"""
 
-    # Evaluation and saving
     eval_episodes: int | None = None
     """episodes at the end of the run (default: the paper's, 50; Procgen: 200 on unseen, 200 on training levels)"""
     eval_interval: int = 0
@@ -125,7 +122,7 @@ class Args:
     save_interval: float = 60.0
     """seconds between saves of the training state"""
     resume: str | None = None
-    """run folder to continue, with its arguments; those given on the command line replace them"""
+    """run folder to continue, with its arguments as the defaults"""
 
 
 def reset_envs(envs, seeds):
@@ -150,10 +147,9 @@ def receive(pipe):
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
-    try:
+    with contextlib.suppress(EOFError, ConnectionError):
         return pipe.recv()
-    except (EOFError, ConnectionError):
-        sys.exit("error: a process with environments has ended; its error is above, if it had one")
+    sys.exit("error: a process with environments has ended; its error is above, if it had one")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
@@ -162,77 +158,66 @@ def work(pipe, parent_pipe, env_id, num_envs):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
     torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
-    envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-    try:
+    with contextlib.ExitStack() as stack:  # closes the environments
+        envs = [stack.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in range(num_envs)]
         while True:
             function, argument = receive(pipe)
             pipe.send(function(envs, argument))
-    finally:
-        for env in envs:
-            env.close()
 
 
-class ContinuousEnvs:
-    """Gymnasium environments with flat Box observations and actions, split into one share per core. This process steps
-    the first share, a worker process each of the others. Their number changes no result, unless environments draw from
-    the global generators."""
+class ContinuousEnvs(contextlib.ExitStack):
+    """Environments with flat Box observations and actions, split into one share per core: this process steps the first
+    share, a worker process each of the others. The number of cores changes no result. close() closes all."""
 
     def __init__(self, env_id, num_envs):
-        self.num_envs = num_envs
-        first_size, *sizes = [len(share) for share in np.array_split(range(num_envs), min(num_envs, NUM_CORES))]
-        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(first_size)]  # the checker takes time
+        super().__init__()
+        self.num_envs, self.pipes = num_envs, []
+        share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
         self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
         for space in (obs_space, self.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
         self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
-        self.workers = []  # process and pipe to it
-        for size in sizes:
+        for share in others:
             pipe, worker_pipe = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, size), daemon=True)
+            process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
             worker_pipe.close()
-            self.workers.append((process, pipe))
+            self.pipes.append(self.enter_context(pipe))
+            self.callback(process.join)
+            self.callback(process.terminate)  # called before join: close() goes backwards
 
     def call(self, function, argument):
-        """Call a function for each share with its part of the argument, and join the arrays that come back."""
-        first_part, *parts = np.array_split(argument, len(self.workers) + 1)
-        for (_, pipe), part in zip(self.workers, parts, strict=True):
-            pipe.send((function, part))
-        results = [function(self.envs, first_part), *(receive(pipe) for _, pipe in self.workers)]
+        """Call a function with each share and its part of the argument. Joins the arrays that come back."""
+        part, *others = np.array_split(argument, len(self.pipes) + 1)
+        for pipe, other in zip(self.pipes, others, strict=True):
+            pipe.send((function, other))
+        results = [function(self.envs, part), *map(receive, self.pipes)]
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        """Start new episodes. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return self.call(reset_envs, np.random.SeedSequence(seed).generate_state(self.num_envs))[0]
 
     def step(self, actions):
-        """actions: (num_envs, action_dim). Returns observations (num_envs, *obs_shape), rewards, terminated, truncated
-        (num_envs,), and {environment: (return, length)} of the episodes that have ended. There, the observation is the
-        first of the next episode, and final_obs (num_envs, *obs_shape) has the last."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated, truncated (num_envs,), and {environment:
+        (return, length)} of the episodes that ended. Where one did, its last observation is in final_obs."""
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
         obs, rewards, terminated, truncated, self.final_obs = self.call(step_envs, actions)
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(terminated | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
+        ended = terminated | truncated
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
+        self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards, terminated, truncated, finished
-
-    def close(self):
-        for process, pipe in self.workers:
-            process.terminate()
-            process.join()
-            pipe.close()
-        for env in self.envs:
-            env.close()
 
 
 class AtariEnvs:
     """Atari games in ALE's vector environment: up to 30 no-ops at the start, every action for 4 frames, the maximum of
-    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Many games
-    wait for FIRE at their start and after a lost life, so FIRE is played there, whatever the action."""
+    the last two, grey, 84x84, 4 frames stacked. A lost life ends an episode for learning, but not the game. Where a
+    game has FIRE, it is played at the start and after a lost life, whatever the action: many games wait for it."""
 
     obs_shape = (4, 84, 84)  # uint8, the newest frame last
 
@@ -257,28 +242,27 @@ class AtariEnvs:
         self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
 
     def reset(self, seed):
-        """Start new games; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs)
         obs, info = self.envs.reset(seed=seeds.astype(int) % 2**31)
         self.lives, self.needs_fire = info["lives"], np.ones(self.num_envs, bool)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return obs
 
     def step(self, actions):
-        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next game where one has
-        ended; rewards, terminated (also by a lost life), truncated (num_envs,); {environment: (score, length)} of the
-        games that have ended. The last observations of truncated games are in final_obs (num_envs, *obs_shape)."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated (a lost life too), truncated (num_envs,),
+        {environment: (score, length)} of the games that ended. The last observations of these are in final_obs."""
         if self.fire is not None:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
-        self.final_obs = info.get("final_obs")
+        self.final_obs = info.get("final_obs", obs)
         life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(game_over | truncated)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
+        ended = game_over | truncated
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
+        self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards.astype(float), game_over | life_lost, truncated, finished
 
     def close(self):
@@ -307,24 +291,23 @@ class ProcgenEnvs:
         self.envs = self.make(0)
 
     def reset(self, seed):
-        """Start new episodes; seed: a list of ints. Returns observations (num_envs, *obs_shape)."""
+        """Start new episodes. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
         self.envs.close()
         self.envs = self.make(int(np.random.SeedSequence(seed).generate_state(1)[0]) % 2**31)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
         return self.envs.observe()[1]["rgb"].transpose(0, 3, 1, 2)
 
     def step(self, actions):
-        """actions: (num_envs,). Returns observations (num_envs, *obs_shape), those of the next episode where one has
-        ended; rewards, terminated, truncated (num_envs,); {environment: (return, length)} of the episodes that have
-        ended."""
+        """Returns observations (num_envs, *obs_shape), rewards, terminated, truncated (num_envs,), and {environment:
+        (return, length)} of the episodes that ended."""
         self.envs.act(actions)
         rewards, obs, first = self.envs.observe()  # where first is set, the rewards are still those of the last episode
+        self.final_obs = obs = obs["rgb"].transpose(0, 3, 1, 2)  # nothing is truncated
         self.returns += rewards
         self.lengths += 1
-        ended = np.flatnonzero(first)
-        finished = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
-        self.returns[ended], self.lengths[ended] = 0, 0
-        return obs["rgb"].transpose(0, 3, 1, 2), rewards.astype(float), first, np.zeros_like(first), finished
+        finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(first)}
+        self.returns[first] = self.lengths[first] = 0
+        return obs, rewards.astype(float), first, np.zeros_like(first), finished
 
     def close(self):
         self.envs.close()
@@ -345,16 +328,16 @@ def make_envs(args, num_envs, unseen=False):
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of batches, in float64 (Chan et al., 1979)."""
+    """Mean and variance of a stream of batches, (n, *shape) float64 (Chan et al., 1979)."""
 
     def __init__(self, shape=()):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, batch):
-        """Take in a batch, (n, *shape) float64."""
+        batch = torch.as_tensor(batch, device=self.mean.device)
         var, mean = torch.var_mean(batch, dim=0, correction=0)
         weight = len(batch) / (self.count + len(batch))
         self.var += weight * (var - self.var + (1 - weight) * (mean - self.mean) ** 2)
@@ -368,30 +351,28 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
-def mlp(network, hidden, num_outputs, output_std):
-    """A multilayer perceptron. `network` is the description of the networks in a policy file."""
-    activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[network["activation"]]
-    sizes = [*network["obs_shape"], *hidden]
+def mlp(sizes, activation, output_std):
     layers = []
-    for num_inputs, num_units in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [layer_init(nn.Linear(num_inputs, num_units)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
+    for num_inputs, num_units in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [layer_init(nn.Linear(num_inputs, num_units)), {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(*sizes[-2:]), output_std))
 
 
 class MlpActor(nn.Module):
-    """Gaussian policy, whose log standard deviation is the same in all states, with its observation statistics."""
+    """Gaussian policy with its observation statistics. `network` is the description in a policy file."""
 
     def __init__(self, network):
         super().__init__()
-        self.mean = mlp(network, network["actor_hidden"], network["action_dim"], 0.01)
-        self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))
+        sizes = [*network["obs_shape"], *network["actor_hidden"], network["action_dim"]]
+        self.mean = mlp(sizes, network["activation"], output_std=0.01)
+        self.logstd = nn.Parameter(torch.zeros(network["action_dim"]))  # the same in all states
         self.obs_rms = RunningMeanStd(network["obs_shape"])
-        self.register_buffer("obs_clip", torch.tensor(10.0, dtype=torch.float64))
-        self.register_buffer("obs_epsilon", torch.tensor(1e-8, dtype=torch.float64))
+        self.obs_clip = nn.Buffer(torch.tensor(10.0, dtype=torch.float64))
+        self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs, float64 to float32. Called where observations are collected, not in
-        forward, because train_teacher.py updates the statistics between a rollout and its update."""
+        """Observations to the networks' inputs. Called when they are collected, as a teacher's statistics change."""
+        obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
 
@@ -406,7 +387,8 @@ class MlpActor(nn.Module):
 class MlpCritic(nn.Module):
     def __init__(self, network):
         super().__init__()
-        self.value = mlp(network, network["critic_hidden"], 1, 1.0)
+        sizes = [*network["obs_shape"], *network["critic_hidden"], 1]
+        self.value = mlp(sizes, network["activation"], output_std=1.0)
 
     def forward(self, obs):
         """Values (n,) of normalized observations (n, obs_dim)."""
@@ -464,8 +446,8 @@ class CnnActor(nn.Module):
         self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
 
     def normalize(self, obs):
-        """Raw observations to the networks' inputs: pixels stay bytes until they are in the network."""
-        return obs
+        """Observations to the networks' inputs: pixels stay bytes until they are in the network."""
+        return torch.as_tensor(obs, device=self.logits.head.weight.device)
 
     def forward(self, obs):
         """Logits (n, action_dim) of the policy for observations (n, *obs_shape) uint8."""
@@ -500,49 +482,45 @@ def save(path, content):
 
 
 def load(flag, path, wanted, **fields):
-    """Read a file of this project, a dict of tensors and plain values with these fields. Nothing in it is executed."""
-    try:
+    """Read a file of this project, a dict with these fields. Nothing in it is executed."""
+    with contextlib.suppress(Exception):  # torch has many kinds of errors for a foreign file
         content = torch.load(path, map_location="cpu", weights_only=True)
         if fields.items() <= content.items():
             return content
-    except Exception:  # torch has many kinds of errors for a foreign file
-        pass
     sys.exit(f"{flag} {path}: missing, damaged, or not {wanted}")
 
 
 @torch.no_grad()
-def evaluate(actor, envs, args, device, deterministic=True):
-    """Play args.eval_episodes episodes; return {"mean", "std", "returns"}. Each environment plays a fixed number of
-    them: the first ones to end would be the short ones. The environments are closed."""
-    quotas = [len(part) for part in np.array_split(range(args.eval_episodes), envs.num_envs)]
-    returns = [[] for _ in quotas]
-    bar = tqdm(desc="evaluation", unit=" steps", leave=False)
-    with contextlib.closing(envs), bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(args.seed)
+def evaluate(actor, envs, args, deterministic=True):
+    """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
+    first ones to end would be the short ones."""
+    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    returns = []
+    torch.manual_seed(args.seed)
+    with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while sum(map(len, returns)) < args.eval_episodes:
-            obs = actor.normalize(torch.as_tensor(obs, device=device))
-            policy = actor.policy(actor(obs))
+        while missing.any():
+            policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if len(returns[i]) < quotas[i]:
-                    returns[i].append(episode_return)
-            bar.set_postfix_str(f"{sum(map(len, returns))} of {args.eval_episodes} episodes", refresh=False)
+                if missing[i]:
+                    missing[i] -= 1
+                    returns.append(float(episode_return))
+            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
             bar.update(envs.num_envs)
-    returns = sum(returns, [])
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def score(actor, args, device):
+def score(actor, args):
     """The score of a policy: on Procgen one on unseen levels ("test") and one on those of training ("train"), with
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
+    envs = make_envs(args, num_envs, unseen=True)
     if suite_of(args.env_id) == "procgen":
-        envs = {"test": make_envs(args, num_envs, unseen=True), "train": make_envs(args, num_envs)}
-        return {levels: evaluate(actor, envs[levels], args, device, deterministic=False) for levels in envs}
-    envs = make_envs(args, num_envs)
-    scored = evaluate(actor, envs, args, device)
+        test = evaluate(actor, envs, args, deterministic=False)
+        return {"test": test, "train": evaluate(actor, make_envs(args, num_envs), args, deterministic=False)}
+    scored = evaluate(actor, envs, args)
     if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
         random_score, human_score = HUMAN_SCORES[envs.game]
         scored["human_normalized"] = (scored["mean"] - random_score) / (human_score - random_score)
@@ -550,23 +528,19 @@ def score(actor, args, device):
 
 
 def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
-    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16).
+    """Generalized advantage estimation (https://arxiv.org/abs/1506.02438, eq. 16), (num_steps, num_envs).
 
-    rewards, values, dones: (num_steps, num_envs) float32; dones is 1 where an episode ended with the step. next_value:
-    (num_envs,), the value of the observations after the last step. Returns advantages, (num_steps, num_envs)."""
+    rewards, values, dones: (num_steps, num_envs) float32; next_value: (num_envs,), of the observations that follow."""
     next_values = torch.cat([values[1:], next_value[None]])
     deltas = rewards + gamma * next_values * (1 - dones) - values
-    advantages = torch.zeros_like(rewards)
-    advantage = 0
+    advantages, advantage = torch.zeros_like(rewards), 0
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantage
     return advantages
 
 
 def ppo_loss(logratio, advantages, clip_coef):
-    """Minus the clipped objective of PPO (https://arxiv.org/abs/1707.06347, eq. 7), E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)].
-
-    logratio: log ρ (n,); advantages: (n,), normalized here."""
+    """-E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)] (https://arxiv.org/abs/1707.06347, eq. 7). logratio: log ρ; all are (n,)."""
     if len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ratio = logratio.exp()
@@ -579,11 +553,14 @@ def main(args):
     name = args.env_id.removeprefix("ALE/").split("-")[0].removesuffix("NoFrameskip")
     settings = {**SETTINGS["all"], **SETTINGS[suite], **SETTINGS.get(name, {})}
     args = dataclasses.replace(args, **{key: value for key, value in settings.items() if getattr(args, key) is None})
-    state = args.resume and load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
+    if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if os.path.exists(args.save_path or "") and not (state and state["args"]["save_path"] == args.save_path):
+    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = make_envs(args, args.num_envs)
@@ -593,7 +570,6 @@ def main(args):
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
     Cnn.amp = args.amp
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
@@ -603,6 +579,7 @@ def main(args):
     kind, hidden = SIZES[args.size]["continuous" if suite == "continuous" else "games"]
     network = {"kind": kind, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
     network.update(obs_shape=list(envs.obs_shape), action_dim=envs.action_dim)
+    torch.manual_seed(args.seed)
     actor, critic = (module.to(device) for module in make_networks(network))
     return_rms = RunningMeanStd()
     if args.compile:
@@ -613,14 +590,10 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
-    global_step, train_seconds, eval_curve = 0, 0.0, []
-    if state:
+    if args.resume:
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
-        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
@@ -628,62 +601,54 @@ def main(args):
         import wandb
 
         wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1 if state else None)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
-    running_return = torch.zeros(args.num_envs, dtype=torch.float64)
-    episodes = deque(maxlen=100)  # return and length
-    last_save = 0.0
-    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=1)
+    running_return, episodes, last_save = np.zeros(args.num_envs), [], 0.0
+    steps = range(global_step + batch_size, args.total_timesteps + batch_size, batch_size)
+    bar = tqdm(steps, unit=" steps", unit_scale=batch_size, mininterval=1)
+    torch.set_num_threads(collect_threads)
     try:
-        raw_obs = torch.as_tensor(envs.reset([args.seed, 1, global_step]), device=device)  # evaluation: [args.seed, 2]
+        next_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
         if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # pixels have no statistics
-            actor.obs_rms.update(raw_obs)
-        next_obs = actor.normalize(raw_obs)
-        torch.set_num_threads(collect_threads)
-        while global_step < args.total_timesteps:
-            start_time = time.time()
-
+            actor.obs_rms.update(next_obs)
+        for global_step in bar:
             # COLLECT
-            obs, actions, means_or_logits, rewards, dones, timeouts = [], [], [], [], [], []
+            start_time = time.time()
+            torch.manual_seed(hash((args.seed, global_step)))  # whatever an evaluation has drawn before
+            obs, actions, means_or_logits, rewards, dones, timeouts, final_obs = [], [], [], [], [], [], []
             with torch.no_grad():
-                for t in range(args.num_steps):
-                    obs.append(next_obs)
-                    means_or_logits.append(actor(next_obs))
+                for _ in range(args.num_steps):
+                    obs.append(actor.normalize(next_obs))
+                    means_or_logits.append(actor(obs[-1]))
                     actions.append(actor.policy(means_or_logits[-1]).sample())
-                    raw_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
-                    raw_obs = torch.as_tensor(raw_obs, device=device)
+                    next_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     if hasattr(actor, "obs_rms"):
-                        actor.obs_rms.update(raw_obs)
-                    next_obs = actor.normalize(raw_obs)
-                    reward, done = torch.as_tensor(reward), torch.as_tensor(terminated | truncated).float()
+                        actor.obs_rms.update(next_obs)
+                    dones.append(terminated | truncated)
+                    timeouts.append(truncated & ~terminated)
+                    final_obs.append(actor.normalize(envs.final_obs[timeouts[-1]]))
                     running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
                     return_rms.update(running_return)
-                    running_return *= 1 - done
-                    reward = torch.clamp(reward / torch.sqrt(return_rms.var + 1e-8), -10, 10).float()
-                    timed_out = np.flatnonzero(truncated & ~terminated)
-                    if len(timed_out):
-                        final_obs = torch.as_tensor(envs.final_obs[timed_out], device=device)
-                        timeouts.append((t, timed_out, actor.normalize(final_obs)))
-                    rewards.append(reward)
-                    dones.append(done)
-                    episodes.extend(finished.values())
-            global_step += batch_size
+                    running_return[dones[-1]] = 0
+                    rewards.append(np.clip(reward / np.sqrt(return_rms.var.item() + 1e-8), -10, 10))
+                    episodes += finished.values()
 
             # ADVANTAGE
             torch.set_num_threads(NUM_CORES)
-            b_obs, b_actions = torch.cat(obs), torch.cat(actions)
             with torch.no_grad():
-                b_values = torch.cat([critic(chunk) for chunk in b_obs.split(args.minibatch_size)])
+                b_obs, b_actions = torch.cat(obs), torch.cat(actions)
                 b_logprobs = actor.policy(torch.cat(means_or_logits)).log_prob(b_actions)
-                rewards, dones = torch.stack(rewards).to(device), torch.stack(dones).to(device)
-                for t, timed_out, final_obs in timeouts:  # a time limit is not the end: add the value of what follows
-                    rewards[t, timed_out] += args.gamma * critic(final_obs)
-                values = b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, critic(next_obs), dones, args.gamma, args.gae_lambda)
+                b_values = torch.cat([critic(chunk) for chunk in b_obs.split(args.minibatch_size)])
+                rewards = torch.as_tensor(np.float32(rewards), device=device)
+                dones = torch.as_tensor(np.float32(dones), device=device)
+                # A time limit is not the end: add the value of what would follow
+                rewards[np.nonzero(timeouts)] += args.gamma * critic(torch.cat(final_obs))
+                next_value, values = critic(actor.normalize(next_obs)), b_values.view_as(rewards)
+                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
                 b_advantages = advantages.flatten()
-            b_returns = b_advantages + b_values
+                b_returns = b_advantages + b_values
 
             # UPDATE
             for _ in range(args.update_epochs):
@@ -701,68 +666,62 @@ def main(args):
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
             torch.set_num_threads(collect_threads)
+            train_seconds += time.time() - start_time
 
             # LOG: the losses are those of the last minibatch
+            if not np.isfinite((loss + grad_norm).item()):
+                sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
             logs = {
                 "losses/policy_loss": pg_loss,
                 "losses/value_loss": v_loss,
                 "losses/entropy": entropy,
                 "losses/approx_kl": (logratio.exp() - 1 - logratio).mean(),
                 "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+                "losses/explained_variance": 1 - b_advantages.var() / b_returns.var(),
                 "losses/grad_norm": grad_norm,
+                "charts/SPS": global_step / train_seconds,
             }
-            logs = {name: value.item() for name, value in logs.items()}
-            train_seconds += time.time() - start_time
-            if not np.isfinite(list(logs.values())).all():
-                sys.exit(f"error: loss or gradient is not finite at step {global_step}: {logs}")
-            logs["losses/explained_variance"] = 1 - (b_advantages.var() / b_returns.var()).item()
-            logs["charts/SPS"] = global_step / train_seconds
             if episodes:
-                logs["charts/episodic_return"], logs["charts/episodic_length"] = np.mean(episodes, axis=0)
+                mean_return, mean_length = np.mean(episodes[-100:], axis=0)
+                logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+                bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < batch_size:
-                scored = score(actor, args, device)
+                scored = score(actor, args)
                 scored = scored.get("test", scored)
                 eval_curve.append([global_step, scored["mean"], scored["std"]])
                 logs["charts/eval_return"] = scored["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
-            mean_return = logs.get("charts/episodic_return", np.nan)
-            bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-            bar.update(batch_size)
 
             # SAVE
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:
                 state = {name: part.state_dict() for name, part in trained.items()}
                 state.update(script=SCRIPT, args=vars(args), global_step=global_step, train_seconds=train_seconds)
-                state.update(eval_curve=eval_curve, rng=torch.get_rng_state())
-                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-                save(f"{run_folder}/checkpoint.pt", state)
+                save(f"{run_folder}/checkpoint.pt", {**state, "eval_curve": eval_curve})
                 last_save = time.time()
 
         # RESULT
-        bar.close()
-        teacher_score = score(actor, args, device)
-        for name, scored in (teacher_score if suite == "procgen" else {"teacher": teacher_score}).items():
-            human = f", human-normalized {scored['human_normalized']:.3f}" if "human_normalized" in scored else ""
-            print(f"{name}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes{human}")
-        writer.add_scalar("charts/eval_return", teacher_score.get("test", teacher_score)["mean"], global_step)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
-        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), teacher=teacher_score)
-        with open(f"{run_folder}/result.json", "w") as file:
-            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-        policy.update(format=1, suite=suite, network=network, score=teacher_score, **facts)
-        save_path = args.save_path or f"{run_folder}/teacher.pt"
-        save(save_path, policy)
-        print(f"saved {save_path} and {run_folder}/result.json")
+        teacher_score = score(actor, args)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
     finally:
-        bar.close()
         envs.close()
-        writer.close()
-        torch.set_num_threads(NUM_CORES)
+        writer.flush()
+    for name, scored in (teacher_score if suite == "procgen" else {"teacher": teacher_score}).items():
+        human = f", human-normalized {scored['human_normalized']:.3f}" if "human_normalized" in scored else ""
+        print(f"{name}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes{human}")
+    writer.add_scalar("charts/eval_return", teacher_score.get("test", teacher_score)["mean"], global_step)
+    writer.close()
+    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
+    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), teacher=teacher_score)
+    with open(f"{run_folder}/result.json", "w") as file:
+        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+    policy.update(format=1, suite=suite, network=network, score=teacher_score, **facts)
+    save_path = args.save_path or f"{run_folder}/teacher.pt"
+    save(save_path, policy)
+    print(f"saved {save_path} and {run_folder}/result.json")
 
 
 if __name__ == "__main__":

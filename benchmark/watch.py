@@ -177,7 +177,7 @@ def main():
     if output:
         envs = Film(envs, args, arguments.seconds, arguments.fps, arguments.width)
     is_deterministic = policy["suite"] != "procgen"
-    scored = train_teacher.evaluate(actor, envs, args, torch.device("cpu"), is_deterministic)
+    scored = train_teacher.evaluate(actor, envs, args, is_deterministic)
     for number, episode_return in enumerate(scored["returns"], 1):
         print(f"episode {number}: {episode_return:.2f}")
     print(f"mean: {scored['mean']:.2f} ± {scored['std']:.2f} over {arguments.episodes} episodes")

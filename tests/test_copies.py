@@ -68,7 +68,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_readme_quotes_the_marked_lines_of_the_loop():
     blocks = [block.splitlines() for block in BLOCKS if "# PPD:" in block]
-    loop = SOURCES["ppd_continuous"].split("        while global_step")[1].split("# RESULT")[0]
+    loop = SOURCES["ppd_continuous"].split("        for global_step")[1].split("# RESULT")[0]
     for block in blocks:
         assert [line.strip() for line in block] == [line.strip() for line in loop.splitlines() if "# PPD:" in line]
 
@@ -111,4 +111,4 @@ def test_readme_changes_the_script(folder, monkeypatch, diff):
     assert distance("plain.pt", "changed.pt") > 1e-7
     if second:  # the same teacher twice is that teacher, up to rounding
         run_command(monkeypatch, [*line, "twice.pt", "--second-teacher", "teacher.pt"])
-        assert distance("plain.pt", "twice.pt") < 1e-8
+        assert distance("plain.pt", "twice.pt") < 1e-7

@@ -131,7 +131,7 @@ def test_error_in_a_worker(monkeypatch, capfd):
         envs.step(np.float32([[0, 0], [9, 9]]))
     envs.close()
     assert "AssertionError: [9. 9.] is out of bounds" in capfd.readouterr().err
-    assert not any(process.is_alive() for process, _ in envs.workers)
+    assert not multiprocessing.active_children()
 
 
 REFUSED = [  # suite, id, a word of the line
@@ -320,7 +320,7 @@ def test_procgen_levels_of_training_and_unseen_ones():
 
 @pytest.mark.parametrize("episodes", [1, 3, 20])
 def test_every_environment_plays_its_quota(monkeypatch, episodes):
-    """However short its episodes are. Actions are the means, the random state of training stays, all is closed."""
+    """However short its episodes are. Actions are the means, and all is closed."""
     actor = CONTINUOUS.Actor(dict(activation="relu", actor_hidden=[8], obs_shape=[3], action_dim=2))
     envs, closed, steps = (
         CONTINUOUS.Envs("envs:Scripted-v0", min(7, episodes)),
@@ -328,16 +328,15 @@ def test_every_environment_plays_its_quota(monkeypatch, episodes):
         record(monkeypatch, CONTINUOUS.Envs, "step"),
     )
     monkeypatch.setattr(envs, "close", lambda: closed.append(True))
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    score = CONTINUOUS.module.evaluate(actor, envs, CONTINUOUS.args(eval_episodes=episodes), torch.device("cpu"))
-    assert torch.equal(before, torch.get_rng_state()) and closed
+    score = CONTINUOUS.module.evaluate(actor, envs, CONTINUOUS.args(eval_episodes=episodes))
+    assert closed
     returns = [[] for _ in range(envs.num_envs)]
     for _, (*_, finished) in steps:
         for i, (episode_return, _) in finished.items():
             returns[i].append(episode_return)
     quotas = [episodes // envs.num_envs + (i < episodes % envs.num_envs) for i in range(envs.num_envs)]
-    assert score["returns"] == [x for each, quota in zip(returns, quotas, strict=True) for x in each[:quota]]
+    counted = [each[:quota] for each, quota in zip(returns, quotas, strict=True)]
+    assert sorted(score["returns"]) == sorted(sum(counted, []))
     assert score["mean"] == np.mean(score["returns"]) and score["std"] == np.std(score["returns"])
     assert min(len(each) - quota for each, quota in zip(returns, quotas, strict=True)) == 0
     first_obs = torch.tensor(np.array([observe(n, 0, 0) for n in envs.reset([100, 2])[:, 0]]))
@@ -350,10 +349,11 @@ def test_every_environment_plays_its_quota(monkeypatch, episodes):
 def test_actions_of_an_evaluation_of_procgen(monkeypatch, deterministic):
     """The likeliest ones, or samples of the policy, the same each time."""
     actor, args = PROCGEN.Actor(NETWORKS["procgen"]), PROCGEN.args(eval_episodes=8, env_id="starpilot")
+    actor.logits.head.weight.data *= 100  # else probabilities round to the same
     logits, steps = record(monkeypatch, PROCGEN.Actor, "forward"), record(monkeypatch, PROCGEN.Envs, "step")
     for _ in range(2):
         envs = PROCGEN.module.make_envs(args, 8)
-        PROCGEN.module.evaluate(actor, envs, args, torch.device("cpu"), deterministic=deterministic)
+        PROCGEN.module.evaluate(actor, envs, args, deterministic=deterministic)
     actions = torch.tensor(np.array([arguments[1] for arguments, _ in steps])).flatten()
     logits = torch.cat([output for _, output in logits])
     assert torch.equal(*actions.chunk(2)) and len(actions) > 800

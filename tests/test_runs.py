@@ -197,10 +197,14 @@ def test_same_seed_same_bits(folder, monkeypatch, case):
 
 @by_case(QUICK)
 def test_resume(folder, monkeypatch, case):
-    """A run in two parts: optimizer, statistics, random state and curves go on where they were, seeds do not repeat."""
+    """A run in two parts: optimizer, statistics, random numbers and curves go on where they were, and the environments'
+    seeds do not repeat."""
     make_teacher(case.suite)
     total, learning_rates, moments, step = 4 * case.batch, set(), [], torch.optim.Adam.step
-    whole = load(case.run(total_timesteps=total) / "checkpoint.pt")
+    torch_seeds = record(monkeypatch, torch, "manual_seed")
+    case.run(total_timesteps=total)
+    whole = [seed for (seed,), _ in torch_seeds if seed != 100]  # that of an evaluation
+    torch_seeds.clear()
     resets = record(monkeypatch, case.Envs, "reset")
     made = case.run(total_timesteps=total // 2, eval_interval=2 * case.batch)
     state, first_resets = load(made / "checkpoint.pt"), len(resets)
@@ -216,7 +220,7 @@ def test_resume(folder, monkeypatch, case):
     assert case.run(resume=str(made), **changes) == made
     after, policy, read = load(made / "checkpoint.pt"), load(made / case.policy_file), helpers.curves(made)
     assert same(moments[0], state["optimizer"]["state"]) and learning_rates == {1e-3}
-    assert torch.equal(after["rng"], whole["rng"]) and not torch.equal(state["rng"], whole["rng"])
+    assert whole == [seed for (seed,), _ in torch_seeds if seed != 100] and len(set(whole)) == 4
     assert after["global_step"] == result_of(made)["global_step"] == policy["global_step"] == total
     assert after["train_seconds"] > state["train_seconds"] > 0
     half = total // 2
@@ -384,17 +388,30 @@ def test_teacher_logstd(folder, case):
     assert torch.equal(logstds[0], teacher["actor"]["logstd"]) and not logstds[1].any()
 
 
+def record_actors(patch, case):
+    """Copies of the actors that a run evaluates, at that time."""
+    evaluate, states = case.module.evaluate, []
+
+    def recorded(actor, *more):
+        states.append({name: tensor.clone() for name, tensor in actor.state_dict().items()})
+        return evaluate(actor, *more)
+
+    patch.setattr(case.module, "evaluate", recorded)
+    return states
+
+
 def test_teacher_noise(folder, monkeypatch):
     """The same for every method and resumed run, whatever the student, of the size that is asked for, and scored."""
     teacher = load(make_teacher(actor_hidden=[100, 100]))
     noisy = []
     for case in [case for case in DISTILLING if case.suite == "continuous"]:
         with monkeypatch.context() as patch:
-            calls = record(patch, case.Actor, "normalize")
+            actors = record_actors(patch, case)
             made = case.run(teacher_noise=0.05, student_size="smaller")
             case.run(teacher_noise=0.05, resume=str(made), student_size="smaller", total_timesteps=192)
-        actors = {id(actor): actor.state_dict() for (actor, _), _ in calls if len(actor.mean[0].weight) == 100}
-        noisy += [actor for actor in actors.values() if not same(actor, teacher["actor"])]
+        teachers = [actor for actor in actors if len(actor["logstd"]) and len(actor["mean.0.weight"]) == 100]
+        noisy += [actor for actor in teachers if not same(actor, teacher["actor"])]
+        assert len(teachers) == 4
         result = result_of(made)
         assert result["corrupted_teacher"]["returns"] != result["teacher"]["returns"]
         assert result["ratio"] == pytest.approx(result["student"]["mean"] / result["teacher"]["mean"])
