@@ -174,11 +174,8 @@ class ContinuousEnvs(contextlib.ExitStack):
         self.num_envs, self.pipes = num_envs, []
         share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
         self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
-        self.action_space, obs_space = self.envs[0].action_space, self.envs[0].observation_space
-        for space in (obs_space, self.action_space):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                sys.exit(f"--env-id {env_id}: this script needs flat Box observations and actions, not {space}")
-        self.obs_shape, self.action_dim = obs_space.shape, self.action_space.shape[0]
+        self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
+        self.action_dim = gym.spaces.flatdim(self.action_space)
         for share in others:
             pipe, worker_pipe = multiprocessing.Pipe()
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
@@ -566,6 +563,9 @@ def main(args):
         envs = make_envs(args, args.num_envs)
     except gym.error.UnregisteredEnv as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
+    for space in (envs.envs[0].observation_space, envs.action_space) if suite == "continuous" else ():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"--env-id {args.env_id}: this script needs flat Box observations and actions, not {space}")
     if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

@@ -135,7 +135,6 @@ def test_error_in_a_worker(monkeypatch, capfd):
 
 
 REFUSED = [  # suite, id, a word of the line
-    (CONTINUOUS, "envs:Discrete-v0", "Discrete(3)"),
     (ATARI, "Hopper-v4", "NoFrameskip"),
     (ATARI, "Breakout-v4", ""),
     (PROCGEN, "coinrum", "coinrun"),

@@ -108,6 +108,7 @@ REFUSALS = {
     "existing file": (dict(save_path="teacher.pt"), ["--save-path teacher.pt", "exists"]),
     "no episodes": (dict(eval_episodes=0), ["--eval-episodes"]),
     "unknown environment": (dict(env_id="Hoper-v4"), ["--env-id Hoper-v4: "]),
+    "discrete actions": (dict(env_id="envs:Discrete-v0"), ["--env-id envs:Discrete-v0"]),
 }
 
 
