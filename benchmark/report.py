@@ -89,6 +89,7 @@ def read(path):
         runs.append(run)
         if noise:
             run["suite"] += f",noise={noise}"
+            run["environment"] += f",noise={noise}"
             imperfect = {"method": "imperfect", "size": "teacher", "student": run["corrupted_teacher"]}
             runs.append({**run, **imperfect, "args": {}, "curve": []})
     return runs
@@ -102,7 +103,7 @@ def check(runs):
     """Stop where results do not belong together. Returns them without copies."""
     firsts, kept, mixed = {}, {}, ""
     for run in sorted(runs, key=lambda run: -len(run["curve"])):
-        experiment = run["environment"], run["method"], run["size"], run["teacher_noise"]
+        experiment = run["environment"], run["method"], run["size"]
         first = firsts.setdefault(experiment, run)
         twin = kept.setdefault((experiment, run["seed"]), run)
         names = (run["args"].keys() & first["args"].keys()) - NO_SETTINGS
@@ -255,7 +256,7 @@ def main():
     print_table("Table 2: imperfect teachers", noisy, "suite", [("teacher", "imperfect"), *STUDENTS[6:]], PAPER)
     print_table("Tables 5 and 6: scores (6: Procgen-train)", clean, "environment", STUDENTS, PAPER)
     print_table("Table 7: PPO beside PPD", same, "suite", [("larger", "PPO"), ("larger", "PPD")], PAPER_PPO)
-    print_progress(clean)
+    print_progress(runs)
     if not options.output:
         return
     os.makedirs(options.output)

@@ -6,8 +6,9 @@
 sb3_distill plays a rollout, its weights are changed a little, and it takes one gradient step on the whole rollout. The
 lines of ppd_continuous.py and ppd_atari.py from `student_policy = ` to `loss = ` then run on the same rollout, with the
 weights before that step. For each setting the program prints the relative difference of the losses, and that of the
-gradients of actor and critic (the norm of the difference by the norm of the gradient), all in float32. It needs the
-packages of tests/requirements.txt.
+gradients of actor and critic (the norm of the difference by the norm of the gradient), all in float32. Our convolutions
+have another memory format and round differently: now and then the input of a ReLU falls on the other side of 0, which
+changes the gradient. The number of these ReLUs is printed too. It needs the packages of tests/requirements.txt.
 """
 
 import itertools
@@ -57,11 +58,24 @@ def fill(network, policy, suite, part):
     return network
 
 
+def count_flips(network, pixels):
+    """ReLUs of a CNN whose input has another sign in the memory format of stable-baselines3 than in ours."""
+    ours = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
+    theirs, flips = pixels.float() / 255, 0
+    for layer in network.body:
+        ours, theirs = layer(ours), layer(theirs)
+        flips += ((ours > 0) != (theirs > 0)).sum().item() * isinstance(layer, nn.ReLU)
+    return flips
+
+
 def compare(PPD, suite, kl, distill_lambda, seed):
-    """The relative differences of loss and gradients, and the share of samples in which max(ρ, 1-ε) is 1-ε."""
+    """The relative differences of loss and gradients, the ReLUs with inputs of other signs, and the share of samples in
+    which max(ρ, 1-ε) is 1-ε."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     policy, *spaces = SUITES[suite]
+    for space in spaces:
+        space.seed(seed)
     networks = {"activation_fn": nn.ReLU, "share_features_extractor": False}
     networks["net_arch"] = [64, 64] if suite == "continuous" else []
     options = {"policy_kwargs": networks, "device": "cpu", "seed": seed}
@@ -77,9 +91,8 @@ def compare(PPD, suite, kl, distill_lambda, seed):
     del model.train
     with torch.no_grad():
         for parameter in model.policy.parameters():
-            parameter += (0.05 if suite == "continuous" else 0.01) * torch.randn_like(
-                parameter
-            )  # for ratios beyond 1±ε
+            noise = 0.05 if suite == "continuous" else 0.01  # for ratios beyond 1±ε
+            parameter += noise * torch.randn_like(parameter)
 
     script, kind = (ppd_continuous, "Mlp") if suite == "continuous" else (ppd_atari, "Cnn")
     network = {"kind": "mlp" if suite == "continuous" else "nature", "activation": "relu"}
@@ -113,8 +126,10 @@ def compare(PPD, suite, kl, distill_lambda, seed):
 
     ours = torch.cat([parameter.grad.flatten() for part in (actor, critic) for parameter in part.parameters()])
     theirs = torch.cat([gradient.flatten() for part in their_gradients for gradient in part.parameters()])
+    cnns = [] if suite == "continuous" else [actor.logits, critic.value]
+    flips = sum(count_flips(cnn, samples.observations) for cnn in cnns)
     clipped = (names["logratio"].exp() < 0.8).float().mean().item()
-    return abs(names["loss"].item() / their_loss - 1), ((ours - theirs).norm() / theirs.norm()).item(), clipped
+    return abs(names["loss"].item() / their_loss - 1), ((ours - theirs).norm() / theirs.norm()).item(), flips, clipped
 
 
 def main():
@@ -125,9 +140,9 @@ def main():
     worst = []
     settings = itertools.product(SUITES, ("forward", "reverse"), (1.0, 5.0), (100, 200))
     for suite, kl, distill_lambda, seed in settings:
-        loss, gradient, clipped = compare(ProximalPolicyDistillation, suite, kl, distill_lambda, seed)
+        loss, gradient, flips, clipped = compare(ProximalPolicyDistillation, suite, kl, distill_lambda, seed)
         setting = f"{suite}, {kl} KL, λ {distill_lambda:g}, seed {seed}"
-        print(f"{setting}: loss {loss:.1e}, gradient {gradient:.1e}; ρ < 1-ε in {clipped:.0%} of the samples")
+        print(f"{setting}: loss {loss:.1e}, gradient {gradient:.1e}, {flips} ReLUs; ρ < 1-ε in {clipped:.0%}")
         worst.append((loss, gradient))
     print("largest: loss {:.1e}, gradient {:.1e}".format(*np.max(worst, axis=0)))
 
