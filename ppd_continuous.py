@@ -10,7 +10,8 @@ The student learns by PPO from its own rollouts, and is drawn to the teacher in 
 
 `# PPD:` marks what is not plain PPO. Unlike CleanRL's PPO, and like stable-baselines3's, this one bootstraps episodes
 that a time limit cuts off; its value loss is a plain mean squared error, its learning rate constant. The teacher's
-statistics scale observations and rewards and stay fixed (the paper speaks of observations only).
+statistics scale observations and rewards, and stay fixed (the paper speaks of observations only; if the teacher has
+none of rewards, the student keeps its own).
 """
 
 import contextlib
@@ -55,7 +56,7 @@ class Args:
     student_size: Literal["smaller", "same", "larger"] = "same"
     """hidden units: smaller 128, 64; larger 512, 512; same: the teacher's"""
     distill_lambda: float = 1.0
-    """weight λ of the distillation loss; 0: plain PPO"""
+    """weight λ of the distillation loss; 0: PPO, with the teacher's statistics"""
     distill_lambda_end: float | None = None
     """anneal λ linearly to this value (default: λ is constant)"""
     kl: Literal["forward", "reverse"] = "forward"
@@ -150,7 +151,7 @@ def work(pipe, parent_pipe, env_id, num_envs):
 
 class ContinuousEnvs(contextlib.ExitStack):
     """Environments with flat Box observations and actions, split into one share per core: this process steps the first
-    share, a worker process each of the others. The number of cores changes no result. close() closes all."""
+    share, a worker process each of the others. close() ends all."""
 
     def __init__(self, env_id, num_envs):
         super().__init__()
@@ -238,7 +239,7 @@ class MlpActor(nn.Module):
         self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations to the networks' inputs. Called when they are collected, as a teacher's statistics change."""
+        """Observations to the networks' inputs. Called when they are collected: a teacher's statistics change later."""
         obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
@@ -401,7 +402,7 @@ def main(args):
         for global_step in bar:
             # COLLECT: the student acts
             start_time = time.time()
-            torch.manual_seed(hash((args.seed, global_step)))  # whatever an evaluation has drawn before
+            torch.manual_seed(hash((args.seed, global_step)))  # evaluations and --resume change nothing
             obs, actions, student_means, rewards, dones, timeouts, final_obs = [], [], [], [], [], [], []
             with torch.no_grad():
                 for _ in range(args.num_steps):

@@ -156,7 +156,7 @@ def work(pipe, parent_pipe, env_id, num_envs):
 
 class ContinuousEnvs(contextlib.ExitStack):
     """Environments with flat Box observations and actions, split into one share per core: this process steps the first
-    share, a worker process each of the others. The number of cores changes no result. close() closes all."""
+    share, a worker process each of the others. close() ends all."""
 
     def __init__(self, env_id, num_envs):
         super().__init__()
@@ -357,7 +357,7 @@ class MlpActor(nn.Module):
         self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations to the networks' inputs. Called when they are collected, as a teacher's statistics change."""
+        """Observations to the networks' inputs. Called when they are collected: a teacher's statistics change later."""
         obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
@@ -598,7 +598,7 @@ def main(args):
         for global_step in bar:
             # COLLECT: the teacher acts
             start_time = time.time()
-            torch.manual_seed(hash((args.seed, global_step)))  # whatever an evaluation has drawn before
+            torch.manual_seed(hash((args.seed, global_step)))  # evaluations and --resume change nothing
             obs, teacher_params = [], []
             for _ in range(args.num_steps):
                 obs.append(actor.normalize(next_obs))
