@@ -389,7 +389,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
-    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 

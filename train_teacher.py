@@ -142,14 +142,13 @@ def step_envs(envs, actions):
 
 
 def receive(pipe):
-    """Wait for a message. Stay awake for the first 3 ms: waking up takes as long as a step of Hopper."""
+    """Wait for a message; None: the other process has ended. Stay awake for 3 ms, as waking up takes long."""
     awake_until = time.perf_counter() + 0.003
     while not pipe.poll() and time.perf_counter() < awake_until:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
     with contextlib.suppress(EOFError, ConnectionError):
         return pipe.recv()
-    sys.exit("error: a process with environments has ended; its error is above, if it had one")
 
 
 def work(pipe, parent_pipe, env_id, num_envs):
@@ -160,8 +159,8 @@ def work(pipe, parent_pipe, env_id, num_envs):
     parent_pipe.close()  # else the end of the parent would not be seen
     with contextlib.ExitStack() as stack:  # closes the environments
         envs = [stack.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in range(num_envs)]
-        while True:
-            function, argument = receive(pipe)
+        while call := receive(pipe):
+            function, argument = call
             pipe.send(function(envs, argument))
 
 
@@ -181,16 +180,19 @@ class ContinuousEnvs(contextlib.ExitStack):
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
             worker_pipe.close()
-            self.pipes.append(self.enter_context(pipe))
             self.callback(process.join)
-            self.callback(process.terminate)  # called before join: close() goes backwards
+            self.pipes.append(self.enter_context(pipe))
+            self.callback(process.terminate)  # called first: close() goes backwards
 
     def call(self, function, argument):
         """Call a function with each share and its part of the argument. Joins the arrays that come back."""
         part, *others = np.array_split(argument, len(self.pipes) + 1)
         for pipe, other in zip(self.pipes, others, strict=True):
-            pipe.send((function, other))
+            with contextlib.suppress(ConnectionError):  # its process has ended
+                pipe.send((function, other))
         results = [function(self.envs, part), *map(receive, self.pipes)]
+        if None in results:
+            sys.exit("\nerror: a process with environments has ended; its error is above, if it had one")
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     def reset(self, seed):
@@ -596,7 +598,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
-    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-")
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
