@@ -321,11 +321,8 @@ def test_procgen_levels_of_training_and_unseen_ones():
 def test_every_environment_plays_its_quota(monkeypatch, episodes):
     """However short its episodes are. Actions are the means, and all is closed."""
     actor = CONTINUOUS.Actor(dict(activation="relu", actor_hidden=[8], obs_shape=[3], action_dim=2))
-    envs, closed, steps = (
-        CONTINUOUS.Envs("envs:Scripted-v0", min(7, episodes)),
-        [],
-        record(monkeypatch, CONTINUOUS.Envs, "step"),
-    )
+    envs, closed = CONTINUOUS.Envs("envs:Scripted-v0", min(7, episodes)), []
+    steps = record(monkeypatch, CONTINUOUS.Envs, "step")
     monkeypatch.setattr(envs, "close", lambda: closed.append(True))
     score = CONTINUOUS.module.evaluate(actor, envs, CONTINUOUS.args(eval_episodes=episodes))
     assert closed

@@ -52,11 +52,9 @@ def sleeping_programs():
 
 
 @by_case(CASES)
-def test_what_a_run_leaves(folder, capsys, monkeypatch, case):
-    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores. Without a GPU in use, CUDA
-    is left alone."""
+def test_what_a_run_leaves(folder, capsys, case):
+    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
     make_teacher(case.suite)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", interrupt)
     made = case.run(eval_interval=2 * case.batch, total_timesteps=2 * case.batch + 1, eval_episodes=2)
     output, result, policy = capsys.readouterr().out, result_of(made), load(made / case.policy_file)
     steps = 3 * case.batch
