@@ -565,11 +565,12 @@ def main(args):
         envs = make_envs(args, args.num_envs)
     except gym.error.UnregisteredEnv as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
-    for space in (envs.envs[0].observation_space, envs.action_space) if suite == "continuous" else ():
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"--env-id {args.env_id}: this script needs flat Box observations and actions, not {space}")
-    if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
-        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
+    if suite == "continuous":
+        for space in (envs.envs[0].observation_space, envs.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                sys.exit(f"--env-id {args.env_id}: this script needs flat Box observations and actions, not {space}")
+        if envs.envs[0].spec.max_episode_steps is None:
+            print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp

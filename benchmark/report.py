@@ -91,7 +91,7 @@ def read(path):
             run["suite"] += f",noise={noise}"
             run["environment"] += f",noise={noise}"
             imperfect = {"method": "imperfect", "size": "teacher", "student": run["corrupted_teacher"]}
-            runs.append({**run, **imperfect, "args": {}, "curve": []})
+            runs.append({**run, **imperfect, "args": {}, "versions": {}, "curve": []})
     return runs
 
 
