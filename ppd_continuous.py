@@ -432,9 +432,10 @@ def main(args):
                 b_values = torch.cat([critic(chunk) for chunk in chunks])
                 rewards = torch.as_tensor(np.float32(rewards), device=device)
                 dones = torch.as_tensor(np.float32(dones), device=device)
+                last_values = critic(actor.normalize(np.concatenate([next_obs, *final_obs])))
                 # A time limit is not the end: add the value of what would follow
-                rewards[np.nonzero(timeouts)] += args.gamma * critic(actor.normalize(np.concatenate(final_obs)))
-                next_value, values = critic(actor.normalize(next_obs)), b_values.view_as(rewards)
+                rewards[np.nonzero(timeouts)] += args.gamma * last_values[args.num_envs :]
+                next_value, values = last_values[: args.num_envs], b_values.view_as(rewards)
                 advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
                 b_advantages = advantages.flatten()
                 b_returns = b_advantages + b_values
