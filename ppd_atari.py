@@ -465,11 +465,11 @@ def main(args):
                     loss.backward()
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
-            train_seconds += time.time() - start_time
 
             # LOG: the losses are those of the last minibatch
             if not np.isfinite((loss + grad_norm).item()):
                 sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
+            train_seconds += time.time() - start_time
             logs = {
                 "losses/policy_loss": pg_loss,
                 "losses/value_loss": v_loss,
