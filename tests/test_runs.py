@@ -407,9 +407,8 @@ def test_teacher_noise(folder, monkeypatch):
             actors = record_actors(patch, case)
             made = case.run(teacher_noise=0.05, student_size="smaller")
             case.run(teacher_noise=0.05, resume=str(made), student_size="smaller", total_timesteps=192)
-        teachers = [actor for actor in actors if len(actor["logstd"]) and len(actor["mean.0.weight"]) == 100]
+        teachers = [actor for actor in actors if len(actor["mean.0.weight"]) == 100]
         noisy += [actor for actor in teachers if not same(actor, teacher["actor"])]
-        assert len(teachers) == 4
         result = result_of(made)
         assert result["corrupted_teacher"]["returns"] != result["teacher"]["returns"]
         assert result["ratio"] == pytest.approx(result["student"]["mean"] / result["teacher"]["mean"])
