@@ -408,7 +408,7 @@ def main(args):
         for global_step in bar:
             # COLLECT: the student acts
             start_time = time.time()
-            torch.manual_seed(hash((args.seed, global_step)))  # evaluations and --resume change nothing
+            torch.manual_seed(hash((args.seed, global_step)))  # the same draws with evaluations and --resume
             obs, actions, student_logits, rewards, dones, timeouts, final_obs = [], [], [], [], [], [], []
             with torch.no_grad():
                 for _ in range(args.num_steps):

@@ -599,7 +599,7 @@ def main(args):
         for global_step in bar:
             # COLLECT: the student acts
             start_time = time.time()
-            torch.manual_seed(hash((args.seed, global_step)))  # evaluations and --resume change nothing
+            torch.manual_seed(hash((args.seed, global_step)))  # the same draws with evaluations and --resume
             obs = []
             for _ in range(args.num_steps):
                 obs.append(actor.normalize(next_obs))

@@ -600,7 +600,7 @@ def main(args):
         for global_step in bar:
             # COLLECT: the teacher acts
             start_time = time.time()
-            torch.manual_seed(hash((args.seed, global_step)))  # evaluations and --resume change nothing
+            torch.manual_seed(hash((args.seed, global_step)))  # the same draws with evaluations and --resume
             obs, teacher_params = [], []
             for _ in range(args.num_steps):
                 obs.append(actor.normalize(next_obs))
