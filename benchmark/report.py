@@ -85,7 +85,8 @@ def read(path):
         for name in {"student", "teacher", "corrupted_teacher"} & result.keys():
             run[name] = result[name].get(levels, result[name])
         last = [result["global_step"], run["student"]["mean"], run["student"]["std"]]
-        run["curve"] = [point for point in result["eval_curve"] if point[0] < last[0]] + [last]
+        curve = [] if levels == "train" else result["eval_curve"]  # evaluations in training are on unseen levels
+        run["curve"] = [point for point in curve if point[0] < last[0]] + [last]
         runs.append(run)
         if noise:
             run["suite"] += f",noise={noise}"
@@ -170,7 +171,7 @@ def steps_to(run, share):
 def print_progress(runs):
     """A row for each environment, size and method: how fast the students learn."""
     print("\n## Training: steps until an evaluation reaches a share of the teacher's score, and the end\n")
-    print("Steps in thousands: the median over seeds, the fastest and the slowest seed; inf: never.\n")
+    print("Steps in thousands: the median over seeds, the fastest and the slowest; inf: never; –: not evaluated.\n")
     print("| environment | student | method | seeds | steps to 50% | steps to 90% | final fraction | 95% interval |")
     print("|---" * 8 + "|")
     for kind in sorted({(run["environment"], run["size"], run["method"]) for run in runs}):
@@ -178,7 +179,8 @@ def print_progress(runs):
         cells = []
         for share in (0.5, 0.9):
             steps = np.array([steps_to(run, share) for run in found]) / 1000
-            cells.append(f"{np.median(steps):.0f}" + f" ({steps.min():.0f} to {steps.max():.0f})" * (len(steps) > 1))
+            cell = f"{np.median(steps):.0f}" + f" ({steps.min():.0f} to {steps.max():.0f})" * (len(steps) > 1)
+            cells.append(cell if len(found[0]["curve"]) > 1 else "–")
         _, mean, (low, high) = estimate(found)
         cells += ["–" if np.isnan(mean) else f"{mean:.3f}", "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}"]
         print(f"| {' | '.join([*kind, str(len(found)), *cells])} |")

@@ -84,11 +84,14 @@ def test_games(folder, monkeypatch, capsys):
     student, teacher = (dict(test=score(mean), train=score(12.0)) for mean in (5.0, 10.0))
     write("coinrun", student, teacher, "coinrun")
     write("pong", score(9.0, human_normalized=0.3), score(15.0, human_normalized=0.6), "PongNoFrameskip-v4")
-    tables = report(monkeypatch, capsys)
+    tables = report(monkeypatch, capsys, "runs --output out")
     fractions = [tables["1"][suite, "larger", "PPD"][3] for suite in ("Atari", "Procgen", "Procgen-train")]
     assert fractions == ["0.500", "0.500", "1.000"]
     assert tables["5"]["coinrun-train", "larger", "PPD"][0] == "12.00 of 12.00"
     assert tables["5"]["Pong", "larger", "PPD"][0] == "0.30 of 0.60"
+    rows = [line.split(",") for line in (folder / "out/curves.csv").read_text().splitlines()]
+    steps = {name: [row[5] for row in rows if row[0] == name] for name in ("coinrun", "coinrun-train")}
+    assert steps == {"coinrun": ["1002", "2004"], "coinrun-train": ["2004"]}  # in training, only unseen levels
 
 
 def test_figures_and_curves(folder, monkeypatch, capsys):
