@@ -114,9 +114,9 @@ class Args:
     """compute convolutional networks in bfloat16"""
 
     eval_episodes: int | None = None
-    """episodes at the end of the run (default: the paper's, 50; Procgen: 200 on unseen, 200 on training levels)"""
+    """episodes of an evaluation (default: the paper's, 50; Procgen: 200 on unseen and 200 on training levels)"""
     eval_interval: int = 0
-    """also evaluate every so many steps; 0: only at the end"""
+    """steps between evaluations; 0: only at the end"""
     save_path: str | None = None
     """path of the teacher's policy file (default: teacher.pt in the run folder)"""
     save_interval: float = 60.0

@@ -168,9 +168,9 @@ def steps_to(run, share):
     return min((step for step, mean, _ in run["curve"] if mean >= wanted > 0), default=np.inf)
 
 
-def print_progress(runs):
+def print_progress(runs, teacher):
     """A row for each environment, size and method: how fast the students learn."""
-    print("\n## Training: steps until an evaluation reaches a share of the teacher's score, and the end\n")
+    print(f"\n## Training: steps until an evaluation reaches a share of the {teacher}'s score, and the end\n")
     print("Steps in thousands: the median over seeds, the fastest and the slowest; inf: never; –: not evaluated.\n")
     print("| environment | student | method | seeds | steps to 50% | steps to 90% | final fraction | 95% interval |")
     print("|---" * 8 + "|")
@@ -258,7 +258,10 @@ def main():
     print_table("Table 2: imperfect teachers", noisy, "suite", [("teacher", "imperfect"), *STUDENTS[6:]], PAPER)
     print_table("Tables 5 and 6: scores (6: Procgen-train)", clean, "environment", STUDENTS, PAPER)
     print_table("Table 7: PPO beside PPD", same, "suite", [("larger", "PPO"), ("larger", "PPD")], PAPER_PPO)
-    print_progress(runs)
+    print_progress(runs, "teacher")
+    students = [run for run in noisy if run["size"] != "teacher"]
+    if students:
+        print_progress([{**run, "teacher": run["corrupted_teacher"]} for run in students], "imperfect teacher")
     if not options.output:
         return
     os.makedirs(options.output)
