@@ -13,7 +13,7 @@ geometric mean without the lowest and the highest quarter (geometric interquarti
 The 95% interval is a percentile bootstrap that draws seeds anew within each environment; with one seed there is none.
 Scores are means over seeds, human-normalized on Atari, on unseen levels on Procgen (Procgen-train: training levels).
 PPD has λ = 1, except in Figure 2. Runs with --kl reverse, --no-ratio-grad or --teacher-logstd, and of scripts of your
-own, are not the paper's. They are in the last table and in the figures.
+own, are not the paper's. They are in the tables of training and in the figures.
 """
 
 import argparse
