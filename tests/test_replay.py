@@ -163,7 +163,7 @@ def check_weights(recording, found):
 
 
 # With a higher learning rate, the runs part where the input of a ReLU rounds to the other side of 0.
-HYPERPARAMETERS = dict(gamma=0.9, gae_lambda=0.8, clip_coef=0.1, ent_coef=0.03, vf_coef=0.4, learning_rate=0.001)
+HYPERPARAMETERS = dict(gamma=0.9, gae_lambda=0.8, clip_coef=0.1, ent_coef=0.03, vf_coef=0.4, learning_rate=0.0015)
 HYPERPARAMETERS.update(total_timesteps=144, distill_lambda=0.9, distill_lambda_end=0.3)
 
 
