@@ -365,9 +365,6 @@ def main(args):
         hidden = {"smaller": [128, 64], "larger": [512, 512]}[args.student_size]
         network = dict(network, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic, return_rms = MlpActor(network).to(device), MlpCritic(network).to(device), RunningMeanStd()
-    actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # PPD: observation statistics, frozen
-    if teacher["return_rms"]:  # PPD: reward statistics, frozen, if the teacher has any
-        return_rms.load_state_dict(teacher["return_rms"])
     if args.teacher_logstd:  # PPD: ours, start with the teacher's standard deviation
         actor.logstd.data.copy_(teacher_actor.logstd)
     if args.compile:
@@ -382,6 +379,9 @@ def main(args):
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # PPD: observation statistics, frozen
+    if teacher["return_rms"]:  # PPD: reward statistics, frozen, if the teacher has any
+        return_rms.load_state_dict(teacher["return_rms"])
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")

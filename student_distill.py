@@ -563,7 +563,6 @@ def main(args):
         kind, hidden = SIZES[args.student_size]["continuous" if suite == "continuous" else "games"]
         network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic = make_networks(network)
-    actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # SD: observation statistics, frozen
     if args.teacher_logstd and suite == "continuous":  # SD: ours, start with the teacher's standard deviation
         actor.logstd.data.copy_(teacher_actor.logstd)
     for module in (teacher_actor, teacher_critic, actor, critic):
@@ -580,6 +579,7 @@ def main(args):
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # SD: observation statistics, frozen
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")

@@ -44,10 +44,8 @@ def interrupt(*_, **__):
 def sleeping_programs():
     programs = []
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):  # it has just ended
             programs += [path] * (path.read_bytes() == b"sleep\x004321\x00")
-        except OSError:  # it has just ended
-            pass
     return programs
 
 
@@ -198,13 +196,13 @@ def test_resume(folder, monkeypatch, case):
     """A run in two parts: optimizer, statistics, random numbers and curves go on where they were, and the environments'
     seeds do not repeat."""
     make_teacher(case.suite)
-    total, learning_rates, moments, step = 4 * case.batch, set(), [], torch.optim.Adam.step
+    half, total, learning_rates, moments, step = 2 * case.batch, 4 * case.batch, set(), [], torch.optim.Adam.step
     torch_seeds = record(monkeypatch, torch, "manual_seed")
     case.run(total_timesteps=total)
     whole = [seed for (seed,), _ in torch_seeds if seed != 100]  # that of an evaluation
     torch_seeds.clear()
     resets = record(monkeypatch, case.Envs, "reset")
-    made = case.run(total_timesteps=total // 2, eval_interval=2 * case.batch)
+    made = case.run(total_timesteps=half, eval_interval=half)
     state, first_resets = load(made / "checkpoint.pt"), len(resets)
 
     def recorded_step(optimizer, *arguments):
@@ -214,21 +212,24 @@ def test_resume(folder, monkeypatch, case):
         return step(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
-    changes = dict(total_timesteps=total, eval_interval=2 * case.batch, learning_rate=1e-3)
+    changes = dict(total_timesteps=total, eval_interval=half, learning_rate=1e-3)
     assert case.run(resume=str(made), **changes) == made
     after, policy, read = load(made / "checkpoint.pt"), load(made / case.policy_file), helpers.curves(made)
     assert same(moments[0], state["optimizer"]["state"]) and learning_rates == {1e-3}
     assert whole == [seed for (seed,), _ in torch_seeds if seed != 100] and len(set(whole)) == 4
     assert after["global_step"] == result_of(made)["global_step"] == policy["global_step"] == total
     assert after["train_seconds"] > state["train_seconds"] > 0
-    half = total // 2
     assert [point[0] for point in after["eval_curve"]] == [half, total]
     assert [step for step, _ in read["charts/eval_return"]] == [half, half, total, total]  # also at the end of a run
     assert len({step for step, _ in read["losses/value_loss"]}) == len(read["losses/value_loss"])
     seeds = [str(arguments[1]) for arguments, _ in resets]
-    training, evaluation, resumed = seeds[0], seeds[1], seeds[first_resets]
-    assert len({training, evaluation, resumed}) == 3
+    training, evaluation, resumed = dict.fromkeys(seeds)
     assert seeds == [training, *[evaluation] * (first_resets - 1), resumed, *[evaluation] * (first_resets - 1)]
+    if case in DISTILLING and case.suite == "continuous":  # another teacher brings its own statistics
+        mean, teacher = torch.full((3,), 7.0, dtype=torch.float64), load("teacher.pt")
+        torch.save({**teacher, "actor": {**teacher["actor"], "obs_rms.mean": mean}}, "other.pt")
+        policy = case.policy(resume=str(made), teacher="other.pt", total_timesteps=total + 1)
+        assert same(policy["actor"]["obs_rms.mean"], mean)
 
 
 @by_script
@@ -238,9 +239,8 @@ def test_ctrl_c_prints_the_command_that_continues(folder, monkeypatch, case):
     make_teacher()
     total = 4 * case.batch
     for place in ("rollout", "evaluation"):
-        line = [case.module.SCRIPT, "--env-id", "envs:Scripted-v0", "--exp-name", place, "--num-envs", 2, "--num-steps"]
-        line += [case.batch // 2, "--total-timesteps", total, "--eval-episodes", 2, "--no-cuda"]
-        line += ["--seed", 5, "--learning-rate", 0.002]
+        line = f"{case.name}.py --env-id envs:Scripted-v0 --exp-name {place} --num-envs 2 --learning-rate 0.002".split()
+        line += f"--num-steps {case.batch // 2} --total-timesteps {total} --eval-episodes 2 --no-cuda --seed 5".split()
         line += ["--minibatch-size", 20] if case.is_ppo else []
         line += ["--teacher", "teacher.pt"] if case.distills else ["--size", "smaller"]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
