@@ -220,7 +220,7 @@ def draw(path, runs, key, curve, title, xlabel, ylabel, teacher=None):
         level = teacher or np.mean([run["teacher"]["mean"] for run in found])
         axis.axhline(level, color="black", linestyle="--", linewidth=1, label="teacher")
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3 if "--" in "".join(lines) else 5)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title)
     figure.savefig(f"{path}.png", dpi=200)
     figure.savefig(f"{path}.svg")
