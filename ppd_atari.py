@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -126,23 +125,22 @@ class AtariEnvs:
 
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
-        gym.register_envs(ale_py)
-        spec = gym.spec(env_id).kwargs
+        options = gym.spec(env_id).kwargs
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
-        self.game = spec["game"]
+        self.game = options["game"]
         self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
-            repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
+            repeat_action_probability=options["repeat_action_probability"],  # 0.25 in ALE/...-v5
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
         )
-        meanings = list(self.envs.ale.get_action_set())
-        self.action_dim = len(meanings)
-        self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
+        game_actions = list(self.envs.ale.get_action_set())
+        self.action_dim = len(game_actions)
+        self.fire = game_actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in game_actions else None
 
     def reset(self, seed):
         """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
@@ -288,20 +286,20 @@ def load(flag, path, wanted, **fields):
 def evaluate(actor, envs, args, deterministic=True):
     """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
     first ones to end would be the short ones."""
-    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
     with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while missing.any():
+        while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if missing[i]:
-                    missing[i] -= 1
+                if episodes_left[i]:
+                    episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
+            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
             bar.update(envs.num_envs)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
@@ -340,36 +338,24 @@ def main(args):
     # SETUP
     wanted = "a teacher for Atari: see teachers/BreakoutNoFrameskip-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1, suite="atari")  # PPD: its policy file
-    network = teacher["network"]
-    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
-    if args.resume:
-        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
-        sys.exit(f"--save-path {args.save_path}: this file exists")
-    try:
-        envs = AtariEnvs(args.env_id, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {args.env_id}: {error}")
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
+    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
-    teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
+    teacher_actor = CnnActor(teacher["network"]).requires_grad_(False)  # PPD: the teacher
     teacher_actor.load_state_dict(teacher["actor"])
     torch.manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
-        parameter += args.teacher_noise * torch.randn_like(parameter)
+        parameter += args.teacher_noise * torch.randn_like(parameter)  # drawn for 0 too: the student's weights are next
     teacher_actor.to(device)
+    network = teacher["network"]
     if args.student_size != "same":  # PPD: the student's size
         sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
         kind, hidden = sizes[args.student_size]
@@ -383,18 +369,32 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve, own_save_path = 0, 0.0, [], None
     if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
+        own_save_path = state["args"]["save_path"]
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
+
+    try:
+        envs = AtariEnvs(args.env_id, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
-        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
@@ -435,11 +435,11 @@ def main(args):
                 rewards = torch.as_tensor(np.float32(rewards), device=device)
                 dones = torch.as_tensor(np.float32(dones), device=device)
                 last_values = critic(actor.normalize(np.concatenate([next_obs, *final_obs])))
+                next_value, final_values = last_values.tensor_split([args.num_envs])
                 # A time limit is not the end: add the value of what would follow
-                rewards[np.nonzero(timeouts)] += args.gamma * last_values[args.num_envs :]
-                next_value, values = last_values[: args.num_envs], b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
-                b_advantages = advantages.flatten()
+                rewards[np.nonzero(timeouts)] += args.gamma * final_values
+                values = b_values.view_as(rewards)
+                b_advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda).flatten()
                 b_returns = b_advantages + b_values
 
             # UPDATE
@@ -506,34 +506,33 @@ def main(args):
             scores["corrupted_teacher"] = evaluate(teacher_actor, AtariEnvs(args.env_id, num_eval_envs), args)
             teacher_actor.load_state_dict(teacher["actor"])
         scores["teacher"] = evaluate(teacher_actor, AtariEnvs(args.env_id, num_eval_envs), args)
+        for name, score in scores.items():
+            print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
+        measure = "mean"
+        if envs.game in HUMAN_SCORES:
+            measure = "human_normalized"
+            random_score, human_score = HUMAN_SCORES[envs.game]
+            for score in scores.values():
+                score[measure] = (score["mean"] - random_score) / (human_score - random_score)
+        ratio = scores["student"][measure] / scores["teacher"][measure] if scores["teacher"][measure] > 0 else None
+        print(f"student / teacher: {ratio and round(ratio, 3)} ({measure})")
+        writer.add_scalar("charts/teacher_return", scores["teacher"]["mean"], global_step)
+        writer.add_scalar("charts/eval_return", scores["student"]["mean"], global_step)
+        versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "ale-py")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite="atari", network=network, score=scores["student"], **facts)
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save, if any: python {sys.argv[0]} --resume {run_folder}")
     finally:
         envs.close()
-        writer.flush()
-    for name, score in scores.items():
-        print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
-    measure = "mean"
-    if envs.game in HUMAN_SCORES:
-        measure = "human_normalized"
-        random_score, human_score = HUMAN_SCORES[envs.game]
-        for score in scores.values():
-            score[measure] = (score["mean"] - random_score) / (human_score - random_score)
-    ratio = scores["student"][measure] / scores["teacher"][measure] if scores["teacher"][measure] > 0 else None
-    print(f"student / teacher: {ratio and round(ratio, 3)} ({measure})")
-    writer.add_scalar("charts/teacher_return", scores["teacher"]["mean"], global_step)
-    writer.add_scalar("charts/eval_return", scores["student"]["mean"], global_step)
-    writer.close()
-    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "ale-py")}
-    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-    with open(f"{run_folder}/result.json", "w") as file:
-        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-    policy.update(format=1, suite="atari", network=network, score=scores["student"], **facts)
-    save_path = args.save_path or f"{run_folder}/student.pt"
-    save(save_path, policy)
-    print(f"saved {save_path} and {run_folder}/result.json")
+        writer.close()
 
 
 if __name__ == "__main__":

@@ -155,11 +155,11 @@ class ContinuousEnvs(contextlib.ExitStack):
     def __init__(self, env_id, num_envs):
         super().__init__()
         self.num_envs, self.pipes = num_envs, []
-        share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
+        own_share, *other_shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in own_share]
         self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
         self.action_dim = gym.spaces.flatdim(self.action_space)
-        for share in others:
+        for share in other_shares:
             pipe, worker_pipe = multiprocessing.Pipe()
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
@@ -241,7 +241,7 @@ class MlpActor(nn.Module):
         self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations to the networks' inputs. Called when they are collected: a teacher's statistics change later."""
+        """Observations to the networks' inputs. Called at collection: while a teacher trains, its statistics change."""
         obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
@@ -285,20 +285,20 @@ def load(flag, path, wanted, **fields):
 def evaluate(actor, envs, args, deterministic=True):
     """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
     first ones to end would be the short ones."""
-    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
     with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while missing.any():
+        while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if missing[i]:
-                    missing[i] -= 1
+                if episodes_left[i]:
+                    episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
+            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
             bar.update(envs.num_envs)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
@@ -332,35 +332,21 @@ def main(args):
     # SETUP
     wanted = "a teacher for continuous control: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1, suite="continuous")  # PPD: its policy file
-    network = teacher["network"]
-    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
-    if args.resume:
-        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
     if args.gamma is None:
         args.gamma = 0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
-        sys.exit(f"--save-path {args.save_path}: this file exists")
-    try:
-        envs = ContinuousEnvs(args.env_id, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {args.env_id}: {error}")
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
-    if envs.envs[0].spec.max_episode_steps is None:
-        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    teacher_actor = MlpActor(network).requires_grad_(False)  # PPD: the teacher
+    teacher_actor = MlpActor(teacher["network"]).requires_grad_(False)  # PPD: the teacher
     teacher_actor.load_state_dict(teacher["actor"])
     torch.manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
-        parameter += args.teacher_noise * torch.randn_like(parameter)
+        parameter += args.teacher_noise * torch.randn_like(parameter)  # drawn for 0 too: the student's weights are next
     teacher_actor.to(device)
+    network = teacher["network"]
     if args.student_size != "same":  # PPD: the student's size
         hidden = {"smaller": [128, 64], "larger": [512, 512]}[args.student_size]
         network = dict(network, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
@@ -375,21 +361,37 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve, own_save_path = 0, 0.0, [], None
     if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
+        own_save_path = state["args"]["save_path"]
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
     actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # PPD: observation statistics, frozen
     if teacher["return_rms"]:  # PPD: reward statistics, frozen, if the teacher has any
         return_rms.load_state_dict(teacher["return_rms"])
+
+    try:
+        envs = ContinuousEnvs(args.env_id, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
+    if envs.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
-        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
@@ -410,7 +412,7 @@ def main(args):
                 for _ in range(args.num_steps):
                     obs.append(actor.normalize(next_obs))
                     student_means.append(actor(obs[-1]))
-                    actions.append(torch.normal(student_means[-1], actor.logstd.exp()))  # faster than policy.sample()
+                    actions.append(actor.policy(student_means[-1]).sample())
                     next_obs, reward, terminated, truncated, finished = envs.step(actions[-1].cpu().numpy())
                     dones.append(terminated | truncated)
                     timeouts.append(truncated & ~terminated)
@@ -433,11 +435,11 @@ def main(args):
                 rewards = torch.as_tensor(np.float32(rewards), device=device)
                 dones = torch.as_tensor(np.float32(dones), device=device)
                 last_values = critic(actor.normalize(np.concatenate([next_obs, *final_obs])))
+                next_value, final_values = last_values.tensor_split([args.num_envs])
                 # A time limit is not the end: add the value of what would follow
-                rewards[np.nonzero(timeouts)] += args.gamma * last_values[args.num_envs :]
-                next_value, values = last_values[: args.num_envs], b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
-                b_advantages = advantages.flatten()
+                rewards[np.nonzero(timeouts)] += args.gamma * final_values
+                values = b_values.view_as(rewards)
+                b_advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda).flatten()
                 b_returns = b_advantages + b_values
 
             # UPDATE
@@ -505,29 +507,28 @@ def main(args):
             scores["corrupted_teacher"] = evaluate(teacher_actor, ContinuousEnvs(args.env_id, num_eval_envs), args)
             teacher_actor.load_state_dict(teacher["actor"])
         scores["teacher"] = evaluate(teacher_actor, ContinuousEnvs(args.env_id, num_eval_envs), args)
+        for name, score in scores.items():
+            print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
+        teacher_return, student_return = scores["teacher"]["mean"], scores["student"]["mean"]
+        ratio = student_return / teacher_return if teacher_return > 0 else None
+        print(f"student / teacher: {ratio and round(ratio, 3)}")
+        writer.add_scalar("charts/teacher_return", teacher_return, global_step)
+        writer.add_scalar("charts/eval_return", student_return, global_step)
+        versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite="continuous", network=network, score=scores["student"], **facts)
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save, if any: python {sys.argv[0]} --resume {run_folder}")
     finally:
         envs.close()
-        writer.flush()
-    for name, score in scores.items():
-        print(f"{name}: {score['mean']:.1f} ± {score['std']:.1f} over {args.eval_episodes} episodes")
-    teacher_return, student_return = scores["teacher"]["mean"], scores["student"]["mean"]
-    ratio = student_return / teacher_return if teacher_return > 0 else None
-    print(f"student / teacher: {ratio and round(ratio, 3)}")
-    writer.add_scalar("charts/teacher_return", teacher_return, global_step)
-    writer.add_scalar("charts/eval_return", student_return, global_step)
-    writer.close()
-    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
-    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-    with open(f"{run_folder}/result.json", "w") as file:
-        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-    policy.update(format=1, suite="continuous", network=network, score=scores["student"], **facts)
-    save_path = args.save_path or f"{run_folder}/student.pt"
-    save(save_path, policy)
-    print(f"saved {save_path} and {run_folder}/result.json")
+        writer.close()
 
 
 if __name__ == "__main__":

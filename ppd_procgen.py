@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -280,29 +279,29 @@ def load(flag, path, wanted, **fields):
 def evaluate(actor, envs, args, deterministic=True):
     """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
     first ones to end would be the short ones."""
-    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
     with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while missing.any():
+        while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if missing[i]:
-                    missing[i] -= 1
+                if episodes_left[i]:
+                    episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
+            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
             bar.update(envs.num_envs)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
 def score_levels(actor, args):
-    """Scores on unseen levels, "test", and on those of training, "train", of stochastic actions."""
+    """Scores with stochastic actions on unseen levels ("test") and on those of training ("train")."""
     num_envs = min(args.num_envs, args.eval_episodes)
-    envs = {"test": make_envs(args, num_envs, unseen=True), "train": make_envs(args, num_envs)}
-    return {levels: evaluate(actor, envs[levels], args, deterministic=False) for levels in envs}
+    test = evaluate(actor, make_envs(args, num_envs, unseen=True), args, deterministic=False)
+    return {"test": test, "train": evaluate(actor, make_envs(args, num_envs), args, deterministic=False)}
 
 
 def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
@@ -339,33 +338,24 @@ def main(args):
     # SETUP
     wanted = "a teacher for Procgen: see teachers/coinrun.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1, suite="procgen")  # PPD: its policy file
-    network = teacher["network"]
-    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
-    if args.resume:
-        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
-        sys.exit(f"--save-path {args.save_path}: this file exists")
-    envs = make_envs(args, args.num_envs)
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
+    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
-    teacher_actor = CnnActor(network).requires_grad_(False)  # PPD: the teacher
+    teacher_actor = CnnActor(teacher["network"]).requires_grad_(False)  # PPD: the teacher
     teacher_actor.load_state_dict(teacher["actor"])
     torch.manual_seed(args.seed)
     for parameter in teacher_actor.parameters():  # PPD: an imperfect teacher with --teacher-noise
-        parameter += args.teacher_noise * torch.randn_like(parameter)
+        parameter += args.teacher_noise * torch.randn_like(parameter)  # drawn for 0 too: the student's weights are next
     teacher_actor.to(device)
+    network = teacher["network"]
     if args.student_size != "same":  # PPD: the student's size
         sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
         kind, hidden = sizes[args.student_size]
@@ -379,18 +369,29 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve, own_save_path = 0, 0.0, [], None
     if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
+        own_save_path = state["args"]["save_path"]
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
+
+    envs = make_envs(args, args.num_envs)
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
-        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
@@ -428,9 +429,9 @@ def main(args):
                 b_values = torch.cat([critic(chunk) for chunk in chunks])
                 rewards = torch.as_tensor(np.float32(rewards), device=device)
                 dones = torch.as_tensor(np.float32(dones), device=device)
-                next_value, values = critic(actor.normalize(next_obs)), b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
-                b_advantages = advantages.flatten()
+                next_value = critic(actor.normalize(next_obs))
+                values = b_values.view_as(rewards)
+                b_advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda).flatten()
                 b_returns = b_advantages + b_values
 
             # UPDATE
@@ -497,32 +498,31 @@ def main(args):
             scores["corrupted_teacher"] = score_levels(teacher_actor, args)
             teacher_actor.load_state_dict(teacher["actor"])
         scores["teacher"] = score_levels(teacher_actor, args)
+        ratio = {}
+        for levels in ("test", "train"):
+            for name in scores:
+                score = scores[name][levels]
+                print(f"{name}, {levels}: {score['mean']:.2f} ± {score['std']:.2f} over {args.eval_episodes} episodes")
+            teacher_return, student_return = scores["teacher"][levels]["mean"], scores["student"][levels]["mean"]
+            ratio[levels] = student_return / teacher_return if teacher_return > 0 else None
+            print(f"student / teacher, {levels}: {ratio[levels] and round(ratio[levels], 3)}")
+        writer.add_scalar("charts/teacher_return", scores["teacher"]["test"]["mean"], global_step)
+        writer.add_scalar("charts/eval_return", scores["student"]["test"]["mean"], global_step)
+        versions = {name: metadata.version(name) for name in ("torch", "numpy")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite="procgen", network=network, score=scores["student"], **facts)
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save, if any: python {sys.argv[0]} --resume {run_folder}")
     finally:
         envs.close()
-        writer.flush()
-    ratio = {}
-    for levels in ("test", "train"):
-        for name in scores:
-            score = scores[name][levels]
-            print(f"{name}, {levels} levels: {score['mean']:.2f} ± {score['std']:.2f}, {args.eval_episodes} episodes")
-        teacher_return, student_return = scores["teacher"][levels]["mean"], scores["student"][levels]["mean"]
-        ratio[levels] = student_return / teacher_return if teacher_return > 0 else None
-        print(f"student / teacher, {levels} levels: {ratio[levels] and round(ratio[levels], 3)}")
-    writer.add_scalar("charts/teacher_return", scores["teacher"]["test"]["mean"], global_step)
-    writer.add_scalar("charts/eval_return", scores["student"]["test"]["mean"], global_step)
-    writer.close()
-    versions = {name: metadata.version(name) for name in ("torch", "numpy")}
-    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-    with open(f"{run_folder}/result.json", "w") as file:
-        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-    policy.update(format=1, suite="procgen", network=network, score=scores["student"], **facts)
-    save_path = args.save_path or f"{run_folder}/student.pt"
-    save(save_path, policy)
-    print(f"saved {save_path} and {run_folder}/result.json")
+        writer.close()
 
 
 if __name__ == "__main__":

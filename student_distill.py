@@ -18,7 +18,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import sys
@@ -39,11 +38,6 @@ from tqdm import tqdm
 SCRIPT = os.path.basename(__file__)
 NUM_CORES = torch.get_num_threads()  # follows OMP_NUM_THREADS
 Distribution.set_default_validate_args(False)  # saves time
-SIZES = {  # the paper, Table 4: kind of network, filters and hidden units
-    "smaller": {"continuous": ("mlp", [128, 64]), "games": ("nature", [32, 32, 32, 128])},
-    "same": {"continuous": ("mlp", [256, 256]), "games": ("impala", [16, 32, 32, 256])},
-    "larger": {"continuous": ("mlp", [512, 512]), "games": ("impala", [32, 64, 64, 1024])},
-}
 HUMAN_SCORES = {  # of random play and of humans (Agent57, https://arxiv.org/abs/2003.13350)
     "atlantis": (12850, 29028.1), "beam_rider": (363.9, 16926.5), "breakout": (1.7, 30.5),
     "crazy_climber": (10780.5, 35829.4), "demon_attack": (152.1, 1971), "enduro": (0, 860.5),
@@ -159,11 +153,11 @@ class ContinuousEnvs(contextlib.ExitStack):
     def __init__(self, env_id, num_envs):
         super().__init__()
         self.num_envs, self.pipes = num_envs, []
-        share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
+        own_share, *other_shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in own_share]
         self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
         self.action_dim = gym.spaces.flatdim(self.action_space)
-        for share in others:
+        for share in other_shares:
             pipe, worker_pipe = multiprocessing.Pipe()
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
@@ -210,23 +204,22 @@ class AtariEnvs:
 
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
-        gym.register_envs(ale_py)
-        spec = gym.spec(env_id).kwargs
+        options = gym.spec(env_id).kwargs
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
-        self.game = spec["game"]
+        self.game = options["game"]
         self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
-            repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
+            repeat_action_probability=options["repeat_action_probability"],  # 0.25 in ALE/...-v5
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
         )
-        meanings = list(self.envs.ale.get_action_set())
-        self.action_dim = len(meanings)
-        self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
+        game_actions = list(self.envs.ale.get_action_set())
+        self.action_dim = len(game_actions)
+        self.fire = game_actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in game_actions else None
 
     def reset(self, seed):
         """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
@@ -300,18 +293,13 @@ class ProcgenEnvs:
         self.envs.close()
 
 
-def suite_of(env_id):
-    if env_id.isalpha() and env_id.islower():  # such as coinrun; the ids of other environments have a version
-        return "procgen"
-    return "atari" if env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4") else "continuous"
-
-
 def make_envs(args, num_envs, unseen=False):
-    suite = suite_of(args.env_id)
-    if suite == "procgen":
+    if args.env_id.startswith("ALE/") or args.env_id.endswith("NoFrameskip-v4"):
+        return AtariEnvs(args.env_id, num_envs)
+    if args.env_id.isalpha() and args.env_id.islower():  # such as coinrun; the ids of other environments have a version
         num_levels = 0 if unseen else args.num_levels  # of all levels, those of training are a vanishing part
         return ProcgenEnvs(args.env_id, num_envs, num_levels, args.start_level, args.distribution_mode)
-    return AtariEnvs(args.env_id, num_envs) if suite == "atari" else ContinuousEnvs(args.env_id, num_envs)
+    return ContinuousEnvs(args.env_id, num_envs)
 
 
 class RunningMeanStd(nn.Module):
@@ -358,7 +346,7 @@ class MlpActor(nn.Module):
         self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations to the networks' inputs. Called when they are collected: a teacher's statistics change later."""
+        """Observations to the networks' inputs. Called at collection: while a teacher trains, its statistics change."""
         obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
@@ -481,37 +469,37 @@ def load(flag, path, wanted, **fields):
 def evaluate(actor, envs, args, deterministic=True):
     """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
     first ones to end would be the short ones."""
-    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
     with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while missing.any():
+        while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if missing[i]:
-                    missing[i] -= 1
+                if episodes_left[i]:
+                    episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
+            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
             bar.update(envs.num_envs)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def score(actor, args):
+def score_policy(actor, args):
     """The score of a policy: on Procgen one on unseen levels ("test") and one on those of training ("train"), with
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
     envs = make_envs(args, num_envs, unseen=True)
-    if suite_of(args.env_id) == "procgen":
+    if isinstance(envs, ProcgenEnvs):
         test = evaluate(actor, envs, args, deterministic=False)
         return {"test": test, "train": evaluate(actor, make_envs(args, num_envs), args, deterministic=False)}
-    scored = evaluate(actor, envs, args)
-    if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
+    score = evaluate(actor, envs, args)
+    if isinstance(envs, AtariEnvs) and envs.game in HUMAN_SCORES:
         random_score, human_score = HUMAN_SCORES[envs.game]
-        scored["human_normalized"] = (scored["mean"] - random_score) / (human_score - random_score)
-    return scored
+        score["human_normalized"] = (score["mean"] - random_score) / (human_score - random_score)
+    return score
 
 
 def categorical_kl(p, q):
@@ -523,44 +511,30 @@ def main(args):
     # SETUP
     wanted = "a teacher: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1)  # SD: its policy file
-    network = teacher["network"]
-    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
-    if args.resume:
-        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
-    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
-    suite = suite_of(args.env_id)
-    if args.eval_episodes is None:
-        args.eval_episodes = 200 if suite == "procgen" else 50
-    if args.eval_episodes < 1:
-        sys.exit("--eval-episodes: at least 1")
+    suite = teacher["suite"]
+    eval_episodes = args.eval_episodes or (200 if suite == "procgen" else 50)
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"], eval_episodes=eval_episodes)
     batch_size = args.num_envs * args.num_steps
-    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
-        sys.exit(f"--save-path {args.save_path}: this file exists")
-    try:
-        envs = make_envs(args, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {args.env_id}: {error}")
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:  # no two suites are alike
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
-    if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
-        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
+    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.set_num_threads(1 if suite == "continuous" else NUM_CORES)  # waiting threads take the environments' cores
 
-    teacher_actor, teacher_critic = make_networks(network)  # SD: the teacher
+    teacher_actor, teacher_critic = make_networks(teacher["network"])  # SD: the teacher
     teacher_actor.load_state_dict(teacher["actor"])
     teacher_critic.load_state_dict(teacher["critic"])
     torch.manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # SD: imperfect with --teacher-noise
-        parameter.data += args.teacher_noise * torch.randn_like(parameter)
+        parameter.data += args.teacher_noise * torch.randn_like(parameter)  # drawn for 0 too: the student is next
+    network = teacher["network"]
     if args.student_size != "same":  # SD: the student's size
-        kind, hidden = SIZES[args.student_size]["continuous" if suite == "continuous" else "games"]
+        sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}
+        if suite == "continuous":
+            sizes = {"smaller": ("mlp", [128, 64]), "larger": ("mlp", [512, 512])}
+        kind, hidden = sizes[args.student_size]
         network = dict(network, kind=kind, activation="relu", actor_hidden=hidden, critic_hidden=hidden)
     actor, critic = make_networks(network)
     if args.teacher_logstd and suite == "continuous":  # SD: ours, start with the teacher's standard deviation
@@ -571,23 +545,38 @@ def main(args):
     if args.compile:
         actor.compile()
         critic.compile()
-        policy_kl = torch.compile(policy_kl)  # kl_divergence stays as it is: torch cannot compile it
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve, own_save_path = 0, 0.0, [], None
     if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
+        own_save_path = state["args"]["save_path"]
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
     actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # SD: observation statistics, frozen
+
+    try:
+        envs = make_envs(args, args.num_envs)
+    except gym.error.UnregisteredEnv as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:  # no two suites are alike
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
+    if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
-        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
@@ -601,18 +590,17 @@ def main(args):
             start_time = time.time()
             torch.manual_seed(hash((args.seed, global_step)))  # the same draws with evaluations and --resume
             obs = []
-            for _ in range(args.num_steps):
-                obs.append(actor.normalize(next_obs))
-                with torch.no_grad():
-                    actions = actor.policy(actor(obs[-1])).sample()  # SD: the student
-                next_obs, _, _, _, finished = envs.step(actions.cpu().numpy())
-                episodes += finished.values()
-
-            # UPDATE: one gradient step
-            b_obs = torch.cat(obs)
             with torch.no_grad():
+                for _ in range(args.num_steps):
+                    obs.append(actor.normalize(next_obs))
+                    actions = actor.policy(actor(obs[-1])).sample()  # SD: the student
+                    next_obs, _, _, _, finished = envs.step(actions.cpu().numpy())
+                    episodes += finished.values()
+                b_obs = torch.cat(obs)
                 teacher_policy = teacher_actor.policy(teacher_actor(b_obs))  # SD: in the same states
                 teacher_values = teacher_critic(b_obs)  # SD: the critic's target
+
+            # UPDATE: one gradient step
             student_policy = actor.policy(actor(b_obs))
             kl_loss = policy_kl(teacher_policy, student_policy).mean()  # SD: KL(teacher ‖ student)
             v_loss = nn.functional.mse_loss(critic(b_obs), teacher_values)  # SD: no rewards
@@ -644,10 +632,10 @@ def main(args):
                 logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
                 bar.set_postfix_str(f"return {mean_return:.1f}, KL {kl_loss.item():.4f}", refresh=False)
             if is_evaluation:
-                scored = score(actor, args)
-                scored = scored.get("test", scored)
-                eval_curve.append([global_step, scored["mean"], scored["std"]])
-                logs["charts/eval_return"] = scored["mean"]
+                eval_envs = make_envs(args, min(args.num_envs, args.eval_episodes), unseen=True)
+                score = evaluate(actor, eval_envs, args, deterministic=suite != "procgen")
+                eval_curve.append([global_step, score["mean"], score["std"]])
+                logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
 
@@ -659,39 +647,39 @@ def main(args):
                 last_save = time.time()
 
         # RESULT
-        scores = {"student": score(actor, args)}
+        scores = {"student": score_policy(actor, args)}
         if args.teacher_noise:
-            scores["corrupted_teacher"] = score(teacher_actor, args)
+            scores["corrupted_teacher"] = score_policy(teacher_actor, args)
             teacher_actor.load_state_dict(teacher["actor"])
-        scores["teacher"] = score(teacher_actor, args)
+        scores["teacher"] = score_policy(teacher_actor, args)
+        ratio = {}
+        for levels in ("test", "train") if suite == "procgen" else ("all",):
+            label = f", {levels}" if suite == "procgen" else ""
+            found = {name: score.get(levels, score) for name, score in scores.items()}
+            for name, score in found.items():
+                print(f"{name}{label}: {score['mean']:.2f} ± {score['std']:.2f} over {args.eval_episodes} episodes")
+            measure = "human_normalized" if "human_normalized" in found["teacher"] else "mean"
+            student_score, teacher_score = found["student"][measure], found["teacher"][measure]
+            ratio[levels] = student_score / teacher_score if teacher_score > 0 else None
+            print(f"student / teacher{label}: {ratio[levels] and round(ratio[levels], 3)} ({measure})")
+        ratio = ratio.get("all", ratio)
+        for name, tag in (("teacher", "charts/teacher_return"), ("student", "charts/eval_return")):
+            writer.add_scalar(tag, scores[name].get("test", scores[name])["mean"], global_step)
+        versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+        policy = dict(format=1, suite=suite, actor=actor.cpu().state_dict(), critic=critic.cpu().state_dict(), **facts)
+        policy.update(network=network, return_rms=teacher["return_rms"], score=scores["student"])
+        save_path = args.save_path or f"{run_folder}/student.pt"
+        save(save_path, policy)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save, if any: python {sys.argv[0]} --resume {run_folder}")
     finally:
         envs.close()
-        writer.flush()
-    ratio = {}
-    for levels in ("test", "train") if suite == "procgen" else ("all",):
-        means, label = {}, f", {levels} levels" if suite == "procgen" else ""
-        for name, scored in scores.items():
-            scored = scored.get(levels, scored)
-            means[name] = scored.get("human_normalized", scored["mean"])
-            print(f"{name}{label}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes")
-        ratio[levels] = means["student"] / means["teacher"] if means["teacher"] > 0 else None
-        print(f"student / teacher{label}: {ratio[levels] and round(ratio[levels], 3)}")
-    ratio = ratio.get("all", ratio)
-    for name, tag in (("teacher", "charts/teacher_return"), ("student", "charts/eval_return")):
-        writer.add_scalar(tag, scores[name].get("test", scores[name])["mean"], global_step)
-    writer.close()
-    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
-    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), **scores, ratio=ratio)
-    with open(f"{run_folder}/result.json", "w") as file:
-        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-    policy = dict(format=1, suite=suite, actor=actor.cpu().state_dict(), critic=critic.cpu().state_dict(), **facts)
-    policy.update(network=network, return_rms=teacher["return_rms"], score=scores["student"])
-    save_path = args.save_path or f"{run_folder}/student.pt"
-    save(save_path, policy)
-    print(f"saved {save_path} and {run_folder}/result.json")
+        writer.close()
 
 
 if __name__ == "__main__":

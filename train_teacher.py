@@ -1,7 +1,7 @@
 """Train a teacher with Proximal Policy Optimization (PPO, https://arxiv.org/abs/1707.06347) in the settings of Proximal
 Policy Distillation (PPD, https://arxiv.org/abs/2407.15134), on MuJoCo, Atari or Procgen.
 
-    python train_teacher.py --env-id Hopper-v4 --save-path runs/teacher.pt
+    python train_teacher.py --env-id Hopper-v4 --save-path runs/hopper.pt
     python train_teacher.py --env-id BreakoutNoFrameskip-v4 --save-path runs/teacher.pt
     python train_teacher.py --env-id coinrun --size smaller --seed 200
 
@@ -18,7 +18,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import sys
@@ -171,11 +170,11 @@ class ContinuousEnvs(contextlib.ExitStack):
     def __init__(self, env_id, num_envs):
         super().__init__()
         self.num_envs, self.pipes = num_envs, []
-        share, *others = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in share]
+        own_share, *other_shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
+        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in own_share]
         self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
         self.action_dim = gym.spaces.flatdim(self.action_space)
-        for share in others:
+        for share in other_shares:
             pipe, worker_pipe = multiprocessing.Pipe()
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
@@ -222,23 +221,22 @@ class AtariEnvs:
 
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
-        gym.register_envs(ale_py)
-        spec = gym.spec(env_id).kwargs
+        options = gym.spec(env_id).kwargs
         if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
             sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
-        self.game = spec["game"]
+        self.game = options["game"]
         self.envs = ale_py.AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=min(num_envs, NUM_CORES),
-            repeat_action_probability=spec["repeat_action_probability"],  # 0.25 in ALE/...-v5
+            repeat_action_probability=options["repeat_action_probability"],  # 0.25 in ALE/...-v5
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             use_fire_reset=False,
             reward_clipping=False,
         )
-        meanings = list(self.envs.ale.get_action_set())
-        self.action_dim = len(meanings)
-        self.fire = meanings.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in meanings else None
+        game_actions = list(self.envs.ale.get_action_set())
+        self.action_dim = len(game_actions)
+        self.fire = game_actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in game_actions else None
 
     def reset(self, seed):
         """Start new games. Returns observations (num_envs, *obs_shape). seed: a list of ints."""
@@ -370,7 +368,7 @@ class MlpActor(nn.Module):
         self.obs_epsilon = nn.Buffer(torch.tensor(1e-8, dtype=torch.float64))
 
     def normalize(self, obs):
-        """Observations to the networks' inputs. Called when they are collected: a teacher's statistics change later."""
+        """Observations to the networks' inputs. Called at collection: while a teacher trains, its statistics change."""
         obs = torch.as_tensor(obs, device=self.logstd.device)
         obs = (obs - self.obs_rms.mean) / torch.sqrt(self.obs_rms.var + self.obs_epsilon)
         return torch.clamp(obs, -self.obs_clip, self.obs_clip).float()
@@ -493,37 +491,37 @@ def load(flag, path, wanted, **fields):
 def evaluate(actor, envs, args, deterministic=True):
     """Play args.eval_episodes episodes, and close the environments. Each environment plays a fixed number of them: the
     first ones to end would be the short ones."""
-    missing = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # episodes of each environment
+    episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
     with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
-        while missing.any():
+        while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
             actions = policy.mode if deterministic else policy.sample()
             obs, _, _, _, finished = envs.step(actions.cpu().numpy())
             for i, (episode_return, _) in finished.items():
-                if missing[i]:
-                    missing[i] -= 1
+                if episodes_left[i]:
+                    episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=missing.sum(), refresh=False)
+            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
             bar.update(envs.num_envs)
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
-def score(actor, args):
+def score_policy(actor, args):
     """The score of a policy: on Procgen one on unseen levels ("test") and one on those of training ("train"), with
     stochastic actions; elsewhere with deterministic actions, on Atari also human-normalized."""
     num_envs = min(args.num_envs, args.eval_episodes)
     envs = make_envs(args, num_envs, unseen=True)
-    if suite_of(args.env_id) == "procgen":
+    if isinstance(envs, ProcgenEnvs):
         test = evaluate(actor, envs, args, deterministic=False)
         return {"test": test, "train": evaluate(actor, make_envs(args, num_envs), args, deterministic=False)}
-    scored = evaluate(actor, envs, args)
-    if suite_of(args.env_id) == "atari" and envs.game in HUMAN_SCORES:
+    score = evaluate(actor, envs, args)
+    if isinstance(envs, AtariEnvs) and envs.game in HUMAN_SCORES:
         random_score, human_score = HUMAN_SCORES[envs.game]
-        scored["human_normalized"] = (scored["mean"] - random_score) / (human_score - random_score)
-    return scored
+        score["human_normalized"] = (score["mean"] - random_score) / (human_score - random_score)
+    return score
 
 
 def compute_gae(rewards, values, next_value, dones, gamma, gae_lambda):
@@ -549,18 +547,12 @@ def ppo_loss(logratio, advantages, clip_coef):
 def main(args):
     # SETUP
     suite = suite_of(args.env_id)
-    name = args.env_id.removeprefix("ALE/").split("-")[0].removesuffix("NoFrameskip")
-    settings = {**SETTINGS["all"], **SETTINGS[suite], **SETTINGS.get(name, {})}
+    env_name = args.env_id.removeprefix("ALE/").split("-")[0].removesuffix("NoFrameskip")
+    settings = {**SETTINGS["all"], **SETTINGS[suite], **SETTINGS.get(env_name, {})}
     args = dataclasses.replace(args, **{key: value for key, value in settings.items() if getattr(args, key) is None})
-    state = {"global_step": 0, "train_seconds": 0.0, "eval_curve": [], "args": {"save_path": None}}
-    if args.resume:
-        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
-    global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
-    if args.save_path not in (None, state["args"]["save_path"]) and os.path.exists(args.save_path):
-        sys.exit(f"--save-path {args.save_path}: this file exists")
     try:
         envs = make_envs(args, args.num_envs)
     except gym.error.UnregisteredEnv as error:
@@ -574,10 +566,9 @@ def main(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":  # keep freed memory: saves half of a CNN's time
+    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: saves half of a CNN's time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    collect_threads = 1 if suite == "continuous" else NUM_CORES  # waiting threads take the cores from the environments
 
     kind, hidden = SIZES[args.size]["continuous" if suite == "continuous" else "games"]
     network = {"kind": kind, "activation": "relu", "actor_hidden": hidden, "critic_hidden": hidden}
@@ -593,28 +584,35 @@ def main(args):
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "return_rms": return_rms, "optimizer": optimizer}
+    global_step, train_seconds, eval_curve, own_save_path = 0, 0.0, [], None
     if args.resume:
+        state = load("--resume", f"{args.resume}/checkpoint.pt", f"a run of {SCRIPT}", script=SCRIPT)
+        global_step, train_seconds, eval_curve = state["global_step"], state["train_seconds"], state["eval_curve"]
+        own_save_path = state["args"]["save_path"]
         for name, part in trained.items():
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+    if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        sys.exit(f"--save-path {args.save_path}: this file exists")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
-        wandb.init(name=run_name, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=global_step + 1)
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")
 
     running_return, episodes, last_save = np.zeros(args.num_envs), [], 0.0
     steps = range(global_step + batch_size, args.total_timesteps + batch_size, batch_size)
     bar = tqdm(steps, unit=" steps", unit_scale=batch_size, mininterval=1)
+    collect_threads = 1 if suite == "continuous" else NUM_CORES  # waiting threads take the cores from the environments
     torch.set_num_threads(collect_threads)
     try:
         next_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
-        if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # pixels have no statistics
+        if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # a finished run keeps its own
             actor.obs_rms.update(next_obs)
         for global_step in bar:
             # COLLECT
@@ -647,11 +645,11 @@ def main(args):
                 rewards = torch.as_tensor(np.float32(rewards), device=device)
                 dones = torch.as_tensor(np.float32(dones), device=device)
                 last_values = critic(torch.cat([actor.normalize(next_obs), *final_obs]))
+                next_value, final_values = last_values.tensor_split([args.num_envs])
                 # A time limit is not the end: add the value of what would follow
-                rewards[np.nonzero(timeouts)] += args.gamma * last_values[args.num_envs :]
-                next_value, values = last_values[: args.num_envs], b_values.view_as(rewards)
-                advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda)
-                b_advantages = advantages.flatten()
+                rewards[np.nonzero(timeouts)] += args.gamma * final_values
+                values = b_values.view_as(rewards)
+                b_advantages = compute_gae(rewards, values, next_value, dones, args.gamma, args.gae_lambda).flatten()
                 b_returns = b_advantages + b_values
 
             # UPDATE
@@ -690,10 +688,10 @@ def main(args):
                 logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
                 bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < batch_size:
-                scored = score(actor, args)
-                scored = scored.get("test", scored)
-                eval_curve.append([global_step, scored["mean"], scored["std"]])
-                logs["charts/eval_return"] = scored["mean"]
+                eval_envs = make_envs(args, min(args.num_envs, args.eval_episodes), unseen=True)
+                score = evaluate(actor, eval_envs, args, deterministic=suite != "procgen")
+                eval_curve.append([global_step, score["mean"], score["std"]])
+                logs["charts/eval_return"] = score["mean"]
             for name, value in logs.items():
                 writer.add_scalar(name, value, global_step)
 
@@ -705,27 +703,26 @@ def main(args):
                 last_save = time.time()
 
         # RESULT
-        teacher_score = score(actor, args)
+        teacher_score = score_policy(actor, args)
+        for name, score in (teacher_score if suite == "procgen" else {"teacher": teacher_score}).items():
+            human = f", human-normalized {score['human_normalized']:.3f}" if "human_normalized" in score else ""
+            print(f"{name}: {score['mean']:.2f} ± {score['std']:.2f} over {args.eval_episodes} episodes{human}")
+        writer.add_scalar("charts/eval_return", teacher_score.get("test", teacher_score)["mean"], global_step)
+        versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
+        facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
+        policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
+        policy.update(format=1, suite=suite, network=network, score=teacher_score, **facts)
+        save_path = args.save_path or f"{run_folder}/teacher.pt"
+        save(save_path, policy)
+        result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), teacher=teacher_score)
+        with open(f"{run_folder}/result.json", "w") as file:
+            json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
+        print(f"saved {save_path} and {run_folder}/result.json")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to continue from the last save: python {sys.argv[0]} --resume {run_folder}")
+        sys.exit(f"\nstopped; to continue from the last save, if any: python {sys.argv[0]} --resume {run_folder}")
     finally:
         envs.close()
-        writer.flush()
-    for name, scored in (teacher_score if suite == "procgen" else {"teacher": teacher_score}).items():
-        human = f", human-normalized {scored['human_normalized']:.3f}" if "human_normalized" in scored else ""
-        print(f"{name}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes{human}")
-    writer.add_scalar("charts/eval_return", teacher_score.get("test", teacher_score)["mean"], global_step)
-    writer.close()
-    versions = {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "ale-py")}
-    facts = dict(env_id=args.env_id, global_step=global_step, args=vars(args), versions=versions)
-    result = dict(script=SCRIPT, seed=args.seed, sps=round(global_step / train_seconds), teacher=teacher_score)
-    with open(f"{run_folder}/result.json", "w") as file:
-        json.dump({**result, "eval_curve": eval_curve, **facts}, file, indent=2)
-    policy = {name: trained[name].cpu().state_dict() for name in ("actor", "critic", "return_rms")}
-    policy.update(format=1, suite=suite, network=network, score=teacher_score, **facts)
-    save_path = args.save_path or f"{run_folder}/teacher.pt"
-    save(save_path, policy)
-    print(f"saved {save_path} and {run_folder}/result.json")
+        writer.close()
 
 
 if __name__ == "__main__":

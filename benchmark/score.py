@@ -31,7 +31,7 @@ def main():
     actor.load_state_dict(policy["actor"])
     if suite == "continuous":
         torch.set_num_threads(1)  # torch's waiting threads would take the cores from the environments
-    score = train_teacher.score(actor, args)
+    score = train_teacher.score_policy(actor, args)
     for name, scored in (score if suite == "procgen" else {"score": score}).items():
         human = f", human-normalized {scored['human_normalized']:.3f}" if "human_normalized" in scored else ""
         print(f"{name}: {scored['mean']:.2f} ± {scored['std']:.2f} over {args.eval_episodes} episodes{human}")

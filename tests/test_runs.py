@@ -11,6 +11,7 @@ import threading
 import time
 import types
 
+import gymnasium as gym
 import helpers
 import numpy as np
 import pytest
@@ -50,19 +51,24 @@ def sleeping_programs():
 
 
 @by_case(CASES)
-def test_what_a_run_leaves(folder, capsys, case):
-    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
+def test_what_a_run_leaves(folder, monkeypatch, capsys, case):
+    """Files, the result last, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
     make_teacher(case.suite)
+    evaluations = record(monkeypatch, case.module, "evaluate")
+    policies, pattern = [], f"runs/*/{case.policy_file}"
+    helpers.strike(monkeypatch, case.module.json, "dump", 1, lambda: policies.extend(pathlib.Path().glob(pattern)))
     made = case.run(eval_interval=2 * case.batch, total_timesteps=2 * case.batch + 1, eval_episodes=2)
     output, result, policy = capsys.readouterr().out, result_of(made), load(made / case.policy_file)
     steps = 3 * case.batch
     names = {path.name for path in made.iterdir() if not path.name.startswith("events.")}
     assert names == {"checkpoint.pt", "result.json", case.policy_file}
+    assert policies == [made / case.policy_file]  # before the result
     expected = dict(script=case.module.SCRIPT, env_id=case.env_id, seed=100, global_step=steps)
     assert expected.items() <= result.items() and result["sps"] > 0
     assert torch.__version__.startswith(result["versions"]["torch"]) and result["args"]["num_envs"] == 2
     who = ["teacher", "student"] if case.distills else ["teacher"]
     levels = ["test", "train"] if case.suite == "procgen" else [None]
+    assert len(evaluations) == 1 + len(who) * len(levels)
     for name, level in itertools.product(who, levels):
         score = result[name][level] if level else result[name]
         assert len(score["returns"]) == 2
@@ -149,10 +155,9 @@ def test_one_update_on_another_device(folder, monkeypatch, case):
 
 
 OTHER_SYSTEM = """# Read by every Python process at its start.
-import multiprocessing, os, platform
+import multiprocessing, os
 for name in ("fork", "forkpty", "sched_yield", "sched_getaffinity", "wait4"):
     delattr(os, name)
-platform.libc_ver = lambda *_: ("", "")
 multiprocessing.set_start_method("spawn")
 """
 STARTS = {"this system": "", "forkserver": "import multiprocessing\nmultiprocessing.set_start_method('forkserver')"}
@@ -293,10 +298,14 @@ def test_external_programs_end(folder):
     assert sleeping_programs() == before and result_of(made)["global_step"] == reached + 32
 
 
-def test_an_error_in_training_closes_the_environments(folder, monkeypatch):
+def test_an_error_or_a_refusal_closes_the_environments(folder, monkeypatch):
     make_teacher()
-    monkeypatch.setattr(PPD.module, "NUM_CORES", 2)
     before = sleeping_programs()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="not those of"):
+        patch.setattr(PPD.module, "NUM_CORES", 1)  # a worker is stopped while it starts, perhaps between its programs
+        patch.setattr(gym.spaces, "flatdim", lambda _: 99)
+        PPD.run(env_id="envs:ExternalProgram-v0")
+    monkeypatch.setattr(PPD.module, "NUM_CORES", 2)
     helpers.strike(monkeypatch, PPD.module, "ppo_loss", 2, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         PPD.run(env_id="envs:ExternalProgram-v0")
@@ -418,13 +427,11 @@ def test_teacher_noise(folder, monkeypatch):
 
 @by_case([case for case in CASES if case.suite == "continuous" or not case.is_ppo and case.suite == "procgen"])
 def test_compile_compiles(folder, monkeypatch, case):
-    """Graphs of actor, critic and the losses; the files are those of plain networks."""
+    """Graphs of actor, critic and PPO's losses; the files are those of plain networks."""
     make_teacher(case.suite)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    losses = ["ppo_loss", "distill_loss"][: 1 + case.distills]
-    if not case.is_ppo:
-        losses = ["kl_divergence" if case.suite == "continuous" else "categorical_kl"]
+    losses = ["ppo_loss", "distill_loss"][: 1 + case.distills] if case.is_ppo else []
     for name in losses:
         monkeypatch.setattr(case.module, name, getattr(case.module, name))  # restored after the test
     compiled, compile = [], torch.compile
@@ -436,8 +443,7 @@ def test_compile_compiles(folder, monkeypatch, case):
     monkeypatch.setattr(torch, "compile", recorded_compile)
     policy = case.policy(compile=True)
     assert compiled[2:] == losses and [name[3:] for name in compiled[:2]] == ["Actor", "Critic"]
-    graphs = len(compiled) - ("kl_divergence" in losses)  # torch cannot compile that, and calls it as it is
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(compiled)
     assert helpers.same_networks(policy, case.policy())
 
 

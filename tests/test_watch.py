@@ -39,7 +39,7 @@ def assert_scored(capsys, path, num_episodes):
     args = train_teacher.Args(env_id=policy["env_id"], eval_episodes=num_episodes, num_envs=1)
     actor, _ = train_teacher.make_networks(policy["network"])
     actor.load_state_dict(policy["actor"])
-    scored = train_teacher.score(actor, args)
+    scored = train_teacher.score_policy(actor, args)
     scored = scored.get("test", scored)  # on Procgen: unseen levels
     *episodes, mean, _ = capsys.readouterr().out.splitlines()
     assert episodes == [f"episode {i}: {score:.2f}" for i, score in enumerate(scored["returns"], 1)]
