@@ -143,10 +143,10 @@ def step_envs(envs, actions):
 def receive(pipe):
     """Wait for a message; None: the other process has ended. Stay awake for 3 ms, as waking up takes long."""
     awake_until = time.perf_counter() + 0.003
-    while not pipe.poll() and time.perf_counter() < awake_until:
-        if hasattr(os, "sched_yield"):
-            os.sched_yield()
     with contextlib.suppress(EOFError, ConnectionError):
+        while not pipe.poll() and time.perf_counter() < awake_until:
+            if hasattr(os, "sched_yield"):
+                os.sched_yield()
         return pipe.recv()
 
 
