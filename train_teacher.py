@@ -163,15 +163,14 @@ def work(pipe, parent_pipe, env_id, num_envs):
             pipe.send(function(envs, argument))
 
 
-class ContinuousEnvs(contextlib.ExitStack):
+class ContinuousEnvs:
     """Environments with flat Box observations and actions, split into one share per core: this process steps the first
-    share, a worker process each of the others. close() ends all."""
+    share, a worker process each of the others."""
 
     def __init__(self, env_id, num_envs):
-        super().__init__()
-        self.num_envs, self.pipes = num_envs, []
+        self.num_envs, self.pipes, self.processes = num_envs, [], []
         own_share, *other_shares = np.array_split(range(num_envs), min(num_envs, NUM_CORES))
-        self.envs = [self.enter_context(gym.make(env_id, disable_env_checker=True)) for _ in own_share]
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in own_share]
         self.action_space, self.obs_shape = self.envs[0].action_space, self.envs[0].observation_space.shape
         self.action_dim = gym.spaces.flatdim(self.action_space)
         for share in other_shares:
@@ -179,9 +178,8 @@ class ContinuousEnvs(contextlib.ExitStack):
             process = multiprocessing.Process(target=work, args=(worker_pipe, pipe, env_id, len(share)), daemon=True)
             process.start()
             worker_pipe.close()
-            self.callback(process.join)
-            self.pipes.append(self.enter_context(pipe))
-            self.callback(process.terminate)  # called first: close() goes backwards
+            self.pipes.append(pipe)
+            self.processes.append(process)
 
     def call(self, function, argument):
         """Call a function with each share and its part of the argument. Joins the arrays that come back."""
@@ -210,6 +208,14 @@ class ContinuousEnvs(contextlib.ExitStack):
         finished = {i: (self.returns[i], self.lengths[i]) for i in np.flatnonzero(ended)}
         self.returns[ended] = self.lengths[ended] = 0
         return obs, rewards, terminated, truncated, finished
+
+    def close(self):
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            process.terminate()
+            pipe.close()
+            process.join()
+        for env in self.envs:
+            env.close()
 
 
 class AtariEnvs:
