@@ -551,6 +551,7 @@ def main(args):
     if args.compile:
         actor.compile()
         critic.compile()
+        policy_kl = torch.compile(policy_kl)  # kl_divergence stays as it is: torch cannot compile it
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     trained = {"actor": actor, "critic": critic, "optimizer": optimizer}

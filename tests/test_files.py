@@ -10,17 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import (
-    CASES,
-    DISTILLING,
-    NETWORKS,
-    PPD,
-    QUICK,
-    by_case,
-    load,
-    make_teacher,
-    refused,
-)
+from helpers import CASES, DISTILLING, NETWORKS, PPD, QUICK, by_case, load, make_teacher, refused
 from stable_baselines3 import PPO
 
 import ppd_continuous

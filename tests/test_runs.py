@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -52,17 +53,13 @@ def sleeping_programs():
 
 @by_case(CASES)
 def test_what_a_run_leaves(folder, monkeypatch, capsys, case):
-    """Files, the result last, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
+    """Files, scores, the ratio, helpers.curves in TensorBoard, among them the final scores."""
     make_teacher(case.suite)
     evaluations = record(monkeypatch, case.module, "evaluate")
-    policies, pattern = [], f"runs/*/{case.policy_file}"
-    helpers.strike(monkeypatch, case.module.json, "dump", 1, lambda: policies.extend(pathlib.Path().glob(pattern)))
     made = case.run(eval_interval=2 * case.batch, total_timesteps=2 * case.batch + 1, eval_episodes=2)
     output, result, policy = capsys.readouterr().out, result_of(made), load(made / case.policy_file)
     steps = 3 * case.batch
-    names = {path.name for path in made.iterdir() if not path.name.startswith("events.")}
-    assert names == {"checkpoint.pt", "result.json", case.policy_file}
-    assert policies == [made / case.policy_file]  # before the result
+    assert {path.name for path in made.glob("[!e]*")} == {"checkpoint.pt", "result.json", case.policy_file}
     expected = dict(script=case.module.SCRIPT, env_id=case.env_id, seed=100, global_step=steps)
     assert expected.items() <= result.items() and result["sps"] > 0
     assert torch.__version__.startswith(result["versions"]["torch"]) and result["args"]["num_envs"] == 2
@@ -239,21 +236,23 @@ def test_resume(folder, monkeypatch, case):
 
 @by_script
 def test_ctrl_c_prints_the_command_that_continues(folder, monkeypatch, case):
-    """In the third rollout, or in the evaluation at the end; with an environment of one's own. What was typed stays,
-    and what came after the last save is done again."""
+    """In the third rollout, in the evaluation at the end, or between policy and result; with an environment of one's
+    own. What was typed stays, and what came after the last save is done again."""
     make_teacher()
     total = 4 * case.batch
-    for place in ("rollout", "evaluation"):
+    places = {"rollout": (Scripted, "step", 4 + 2 * case.batch), "evaluation": (Scripted, "step", 4 + total)}
+    for place, where in {**places, "result": (json, "dump", 1)}.items():
         line = f"{case.name}.py --env-id envs:Scripted-v0 --exp-name {place} --num-envs 2 --learning-rate 0.002".split()
         line += f"--num-steps {case.batch // 2} --total-timesteps {total} --eval-episodes 2 --no-cuda --seed 5".split()
         line += ["--minibatch-size", 20] if case.is_ppo else []
         line += ["--teacher", "teacher.pt"] if case.distills else ["--size", "smaller"]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            helpers.strike(patch, Scripted, "step", 4 + (2 * case.batch if place == "rollout" else total), interrupt)
+            helpers.strike(patch, *where, interrupt)
             helpers.run_command(patch, line)
         (made,) = pathlib.Path("runs").glob(f"*__{place}__*")
         assert f"--resume {made}" in stop.value.code
-        assert load(made / "checkpoint.pt")["global_step"] == (total if place == "evaluation" else case.batch)
+        assert load(made / "checkpoint.pt")["global_step"] == (case.batch if place == "rollout" else total)
+        assert (made / case.policy_file).exists() == (place == "result")
         helpers.run_command(monkeypatch, stop.value.code[stop.value.code.index("python") :])
         result = result_of(made)
         assert (result["global_step"], result["seed"], result["args"]["learning_rate"]) == (total, 5, 0.002)
@@ -427,11 +426,13 @@ def test_teacher_noise(folder, monkeypatch):
 
 @by_case([case for case in CASES if case.suite == "continuous" or not case.is_ppo and case.suite == "procgen"])
 def test_compile_compiles(folder, monkeypatch, case):
-    """Graphs of actor, critic and PPO's losses; the files are those of plain networks."""
+    """Graphs of actor, critic and the losses; the files are those of plain networks."""
     make_teacher(case.suite)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    losses = ["ppo_loss", "distill_loss"][: 1 + case.distills] if case.is_ppo else []
+    losses = ["ppo_loss", "distill_loss"][: 1 + case.distills]
+    if not case.is_ppo:
+        losses = ["kl_divergence" if case.suite == "continuous" else "categorical_kl"]
     for name in losses:
         monkeypatch.setattr(case.module, name, getattr(case.module, name))  # restored after the test
     compiled, compile = [], torch.compile
@@ -443,7 +444,8 @@ def test_compile_compiles(folder, monkeypatch, case):
     monkeypatch.setattr(torch, "compile", recorded_compile)
     policy = case.policy(compile=True)
     assert compiled[2:] == losses and [name[3:] for name in compiled[:2]] == ["Actor", "Critic"]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(compiled)
+    graphs = len(compiled) - ("kl_divergence" in losses)  # torch cannot compile that, and calls it as it is
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= graphs
     assert helpers.same_networks(policy, case.policy())
 
 
