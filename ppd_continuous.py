@@ -198,6 +198,7 @@ class ContinuousEnvs:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             process.terminate()
             pipe.close()
+        for process in self.processes:  # only now: a worker has copies of the pipes of those before it
             process.join()
         for env in self.envs:
             env.close()

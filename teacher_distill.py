@@ -197,6 +197,7 @@ class ContinuousEnvs:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             process.terminate()
             pipe.close()
+        for process in self.processes:  # only now: a worker has copies of the pipes of those before it
             process.join()
         for env in self.envs:
             env.close()
@@ -519,8 +520,11 @@ def main(args):
     wanted = "a teacher: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1)  # TD: its policy file
     suite = teacher["suite"]
-    eval_episodes = args.eval_episodes or (200 if suite == "procgen" else 50)
-    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"], eval_episodes=eval_episodes)
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    if args.eval_episodes is None:
+        args.eval_episodes = 200 if suite == "procgen" else 50
+    if args.eval_episodes < 1:
+        sys.exit("--eval-episodes: at least 1")
     batch_size = args.num_envs * args.num_steps
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -535,7 +539,7 @@ def main(args):
     teacher_critic.load_state_dict(teacher["critic"])
     torch.manual_seed(args.seed)
     for parameter in [*teacher_actor.parameters(), *teacher_critic.parameters()]:  # TD: imperfect with --teacher-noise
-        parameter.data += args.teacher_noise * torch.randn_like(parameter)  # drawn for 0 too: the student is next
+        parameter.data += args.teacher_noise * torch.randn_like(parameter)  # for 0 too: the student's weights are next
     network = teacher["network"]
     if args.student_size != "same":  # TD: the student's size
         sizes = {"smaller": ("nature", [32, 32, 32, 128]), "larger": ("impala", [32, 64, 64, 1024])}

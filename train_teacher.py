@@ -213,6 +213,7 @@ class ContinuousEnvs:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             process.terminate()
             pipe.close()
+        for process in self.processes:  # only now: a worker has copies of the pipes of those before it
             process.join()
         for env in self.envs:
             env.close()
@@ -566,6 +567,7 @@ def main(args):
     if suite == "continuous":
         for space in (envs.envs[0].observation_space, envs.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                envs.close()
                 sys.exit(f"--env-id {args.env_id}: this script needs flat Box observations and actions, not {space}")
         if envs.envs[0].spec.max_episode_steps is None:
             print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
@@ -599,6 +601,7 @@ def main(args):
             part.load_state_dict(state[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate
     if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
+        envs.close()
         sys.exit(f"--save-path {args.save_path}: this file exists")
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
@@ -618,7 +621,7 @@ def main(args):
     torch.set_num_threads(collect_threads)
     try:
         next_obs = envs.reset([args.seed, 1, global_step])  # evaluation: [args.seed, 2]
-        if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # a finished run keeps its own
+        if hasattr(actor, "obs_rms") and global_step < args.total_timesteps:  # not of pixels, or of a finished run
             actor.obs_rms.update(next_obs)
         for global_step in bar:
             # COLLECT

@@ -2,6 +2,7 @@
 itself; and evaluation."""
 
 import multiprocessing
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -14,10 +15,7 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from helpers import ENV_IDS, NETWORKS, Case, by_case, record, refused
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, MaxAndSkipEnv
 
-SUITES = [
-    Case(f"ppd_{suite}", suite) for suite in ENV_IDS
-]  # the classes are the same in all scripts, see test_copies.py
-CONTINUOUS, ATARI, PROCGEN = SUITES
+SUITES = CONTINUOUS, ATARI, PROCGEN = [Case(f"ppd_{suite}", suite) for suite in ENV_IDS]  # copies: see test_copies.py
 LEVELS = dict(num_levels=50, start_level=7, distribution_mode="easy")
 
 
@@ -132,6 +130,18 @@ def test_error_in_a_worker(monkeypatch, capfd):
     envs.close()
     assert "AssertionError: [9. 9.] is out of bounds" in capfd.readouterr().err
     assert not multiprocessing.active_children()
+
+
+def test_close_of_workers_that_lose_the_signal(monkeypatch):
+    """They end where their pipes do, though later workers have copies of the earlier ones' pipes."""
+    monkeypatch.setattr(CONTINUOUS.module, "NUM_CORES", 3)
+    envs = CONTINUOUS.Envs("envs:Scripted-v0", 3)
+    for process in envs.processes:
+        monkeypatch.setattr(process, "terminate", lambda: None)
+    closing = threading.Thread(target=envs.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive() and not multiprocessing.active_children()
 
 
 REFUSED = [  # suite, id, a word of the line

@@ -351,8 +351,7 @@ def test_numbers_that_are_not_finite(folder, monkeypatch, case):
 @by_case(DISTILLING)
 def test_teacher_is_asked_once_per_observation(folder, monkeypatch, case):
     """And gets no gradient. After the run it is what it was."""
-    teacher, calls = load(make_teacher(case.suite)), []
-    forward = case.Actor.forward
+    teacher, calls, forward = load(make_teacher(case.suite)), [], case.Actor.forward
 
     def recorded(actor, obs):
         calls.append((actor, len(obs), torch.is_grad_enabled()))
@@ -360,10 +359,9 @@ def test_teacher_is_asked_once_per_observation(folder, monkeypatch, case):
 
     monkeypatch.setattr(case.Actor, "forward", recorded)
     helpers.skip_evaluation(monkeypatch, case)
-    args = case.args()
-    case.module.main(args)
+    case.run()
     asked = [call for call in calls if same(call[0].state_dict(), teacher["actor"])]
-    assert sum(n for _, n, _ in asked) == args.total_timesteps and not any(grad for *_, grad in asked)
+    assert sum(n for _, n, _ in asked) == case.args().total_timesteps and not any(grad for *_, grad in asked)
     assert all(parameter.grad is None for actor, *_ in asked for parameter in actor.parameters())
 
 
