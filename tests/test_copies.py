@@ -16,7 +16,7 @@ from helpers import NAMES, ROOT, load, make_teacher, run_command
 MAY_DIFFER = {
     "Args": "each script has the flags that do something in it",
     "main": "the loop is what a script is for",
-    "make_envs": "ppd_procgen.py makes one suite, the others look for it in the id or in a constant",
+    "make_envs": "each script chooses among the suites that it knows",
 }
 README = (ROOT / "README.md").read_text()
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}

@@ -278,8 +278,7 @@ def test_kill_9(folder, monkeypatch):
 
 
 def test_external_programs_end(folder):
-    """After a kill in training and after a whole run: those of this process and of the workers. These environments also
-    use torch inside of step, which hangs in a fork unless it has one thread there."""
+    """After a kill in training and after a whole run. Torch inside of step hangs in a fork unless it has one thread."""
     make_teacher()
     line = ["--env-id", "envs:ExternalProgram-v0", "--num-envs", 4, "--num-steps", 8, "--minibatch-size", 32]
     line = ["ppd_continuous.py", "--teacher", "teacher.pt", *line, "--eval-episodes", 3, "--save-interval", 0]
