@@ -331,12 +331,8 @@ def test_numbers_that_are_not_finite(folder, monkeypatch, case):
     make_teacher(case.suite)
     count, original = itertools.count(1), torch.nn.functional.mse_loss
     bad = 2 * helpers.SMALL["update_epochs"] * 3 + 2 if case.is_ppo else 3
-
-    def faulty(*arguments):
-        return original(*arguments) * (np.nan if next(count) == bad else 1)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="not finite"):
-        patch.setattr(torch.nn.functional, "mse_loss", faulty)
+        patch.setattr(torch.nn.functional, "mse_loss", lambda *x: original(*x) * (np.nan if next(count) == bad else 1))
         case.run(total_timesteps=4 * case.batch, save_interval=0)
     (made,) = pathlib.Path("runs").iterdir()
     state = load(made / "checkpoint.pt")
@@ -353,8 +349,7 @@ def test_teacher_is_asked_once_per_observation(folder, monkeypatch, case):
     teacher, calls, forward = load(make_teacher(case.suite)), [], case.Actor.forward
 
     def recorded(actor, obs):
-        calls.append((actor, len(obs), torch.is_grad_enabled()))
-        return forward(actor, obs)
+        return calls.append((actor, len(obs), torch.is_grad_enabled())) or forward(actor, obs)
 
     monkeypatch.setattr(case.Actor, "forward", recorded)
     helpers.skip_evaluation(monkeypatch, case)
