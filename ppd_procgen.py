@@ -131,8 +131,7 @@ class ProcgenEnvs:
         if env_id not in ENV_NAMES:
             sys.exit(f"--env-id {env_id}: the games of Procgen are {', '.join(ENV_NAMES)}")
         levels = {"num_levels": num_levels, "start_level": start_level, "distribution_mode": distribution_mode}
-        num_threads = min(num_envs, NUM_CORES)
-        self.make = lambda seed: ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=num_threads, **levels)
+        self.make = lambda seed: ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=NUM_CORES, **levels)
         self.envs = self.make(0)
 
     def reset(self, seed):
@@ -231,8 +230,6 @@ class Cnn(nn.Module):
 
 
 class CnnActor(nn.Module):
-    """Categorical policy."""
-
     def __init__(self, network):
         super().__init__()
         self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
@@ -282,7 +279,7 @@ def evaluate(actor, envs, args, deterministic=True):
     episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
-    with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
+    with contextlib.closing(envs), tqdm(desc="evaluation", total=args.eval_episodes, leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
         while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
@@ -292,8 +289,7 @@ def evaluate(actor, envs, args, deterministic=True):
                 if episodes_left[i]:
                     episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
-            bar.update(envs.num_envs)
+                    bar.update()
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
@@ -413,7 +409,7 @@ def main(args):
                     student_logits.append(actor(obs[-1]))
                     actions.append(actor.policy(student_logits[-1]).sample())
                     next_obs, reward, done, _, finished = envs.step(actions[-1].cpu().numpy())
-                    running_return = 0.99 * running_return + reward  # stable-baselines3: 0.99 whatever gamma is
+                    running_return = 0.99 * running_return + reward  # 0.99 as in stable-baselines3, not gamma
                     return_rms.update(running_return)
                     running_return[done] = 0
                     dones.append(done)
@@ -462,28 +458,26 @@ def main(args):
             if not np.isfinite((loss + grad_norm).item()):
                 sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
             train_seconds += time.time() - start_time
-            logs = {
-                "losses/policy_loss": pg_loss,
-                "losses/value_loss": v_loss,
-                "losses/entropy": entropy,
-                "losses/distill_kl": kl.mean(),  # PPD: in the log
-                "losses/approx_kl": (logratio.exp() - 1 - logratio).mean(),
-                "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
-                "losses/explained_variance": 1 - b_advantages.var() / b_returns.var(),
-                "losses/grad_norm": grad_norm,
-                "charts/distill_lambda": distill_lambda,  # PPD: in the log
-                "charts/SPS": global_step / train_seconds,
-            }
+            ratio = logratio.exp()
+            writer.add_scalar("losses/policy_loss", pg_loss, global_step)
+            writer.add_scalar("losses/value_loss", v_loss, global_step)
+            writer.add_scalar("losses/entropy", entropy, global_step)
+            writer.add_scalar("losses/distill_kl", kl.mean(), global_step)  # PPD: in the log
+            writer.add_scalar("losses/approx_kl", (ratio - 1 - logratio).mean(), global_step)
+            writer.add_scalar("losses/clipfrac", ((ratio - 1).abs() > args.clip_coef).float().mean(), global_step)
+            writer.add_scalar("losses/explained_variance", 1 - b_advantages.var() / b_returns.var(), global_step)
+            writer.add_scalar("losses/grad_norm", grad_norm, global_step)
+            writer.add_scalar("charts/distill_lambda", distill_lambda, global_step)  # PPD: in the log
+            writer.add_scalar("charts/SPS", global_step / train_seconds, global_step)
             if episodes:
                 mean_return, mean_length = np.mean(episodes[-100:], axis=0)
-                logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+                writer.add_scalar("charts/episodic_return", mean_return, global_step)
+                writer.add_scalar("charts/episodic_length", mean_length, global_step)
                 bar.set_postfix_str(f"return {mean_return:.1f}, KL {kl.mean().item():.4f}", refresh=False)
             if args.eval_interval and global_step % args.eval_interval < batch_size:
                 score = evaluate(actor, make_envs(args, num_eval_envs, unseen=True), args, deterministic=False)
                 eval_curve.append([global_step, score["mean"], score["std"]])
-                logs["charts/eval_return"] = score["mean"]
-            for name, value in logs.items():
-                writer.add_scalar(name, value, global_step)
+                writer.add_scalar("charts/eval_return", score["mean"], global_step)
 
             # SAVE
             if time.time() - last_save > args.save_interval or global_step >= args.total_timesteps:

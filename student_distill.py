@@ -212,8 +212,6 @@ class AtariEnvs:
     def __init__(self, env_id, num_envs):
         self.num_envs = num_envs
         options = gym.spec(env_id).kwargs
-        if not env_id.startswith("ALE/") and not env_id.endswith("NoFrameskip-v4"):
-            sys.exit(f"--env-id {env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
         self.game = options["game"]
         self.envs = ale_py.AtariVectorEnv(
             self.game,
@@ -273,8 +271,7 @@ class ProcgenEnvs:
         if env_id not in ENV_NAMES:
             sys.exit(f"--env-id {env_id}: the games of Procgen are {', '.join(ENV_NAMES)}")
         levels = {"num_levels": num_levels, "start_level": start_level, "distribution_mode": distribution_mode}
-        num_threads = min(num_envs, NUM_CORES)
-        self.make = lambda seed: ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=num_threads, **levels)
+        self.make = lambda seed: ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=NUM_CORES, **levels)
         self.envs = self.make(0)
 
     def reset(self, seed):
@@ -421,8 +418,6 @@ class Cnn(nn.Module):
 
 
 class CnnActor(nn.Module):
-    """Categorical policy."""
-
     def __init__(self, network):
         super().__init__()
         self.logits = Cnn(network, network["actor_hidden"], network["action_dim"], 0.01)
@@ -479,7 +474,7 @@ def evaluate(actor, envs, args, deterministic=True):
     episodes_left = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # for each environment
     returns = []
     torch.manual_seed(args.seed)
-    with contextlib.closing(envs), tqdm(desc="evaluation", unit=" steps", leave=False) as bar:
+    with contextlib.closing(envs), tqdm(desc="evaluation", total=args.eval_episodes, leave=False) as bar:
         obs = envs.reset([args.seed, 2])  # training: [args.seed, 1, global_step]
         while episodes_left.any():
             policy = actor.policy(actor(actor.normalize(obs)))
@@ -489,8 +484,7 @@ def evaluate(actor, envs, args, deterministic=True):
                 if episodes_left[i]:
                     episodes_left[i] -= 1
                     returns.append(float(episode_return))
-            bar.set_postfix(episodes_left=episodes_left.sum(), refresh=False)
-            bar.update(envs.num_envs)
+                    bar.update()
     return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns}
 
 
@@ -624,31 +618,28 @@ def main(args):
             optimizer.step()
             train_seconds += time.time() - start_time
 
-            # LOG: the last losses, every 50 iterations and before a save
+            # LOG: the last losses, every 50 iterations and before an evaluation or a save
             is_evaluation = args.eval_interval and global_step % args.eval_interval < batch_size
             is_save = time.time() - last_save > args.save_interval or global_step >= args.total_timesteps
             if global_step // batch_size % 50 and not is_evaluation and not is_save:
                 continue
             if not np.isfinite((loss + grad_norm).item()):
                 sys.exit(f"\nerror: the loss or its gradient is not finite at step {global_step}")
-            logs = {
-                "losses/distill_kl": kl_loss,
-                "losses/value_loss": v_loss,
-                "losses/entropy": entropy,
-                "losses/grad_norm": grad_norm,
-                "charts/SPS": global_step / train_seconds,
-            }
+            writer.add_scalar("losses/distill_kl", kl_loss, global_step)
+            writer.add_scalar("losses/value_loss", v_loss, global_step)
+            writer.add_scalar("losses/entropy", entropy, global_step)
+            writer.add_scalar("losses/grad_norm", grad_norm, global_step)
+            writer.add_scalar("charts/SPS", global_step / train_seconds, global_step)
             if episodes:
                 mean_return, mean_length = np.mean(episodes[-100:], axis=0)
-                logs.update({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+                writer.add_scalar("charts/episodic_return", mean_return, global_step)
+                writer.add_scalar("charts/episodic_length", mean_length, global_step)
                 bar.set_postfix_str(f"return {mean_return:.1f}, KL {kl_loss.item():.4f}", refresh=False)
             if is_evaluation:
                 eval_envs = make_envs(args, min(args.num_envs, args.eval_episodes), unseen=True)
                 score = evaluate(actor, eval_envs, args, deterministic=suite != "procgen")
                 eval_curve.append([global_step, score["mean"], score["std"]])
-                logs["charts/eval_return"] = score["mean"]
-            for name, value in logs.items():
-                writer.add_scalar(name, value, global_step)
+                writer.add_scalar("charts/eval_return", score["mean"], global_step)
 
             # SAVE
             if is_save:

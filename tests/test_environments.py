@@ -144,18 +144,10 @@ def test_close_of_workers_that_lose_the_signal(monkeypatch):
     assert not closing.is_alive() and not multiprocessing.active_children()
 
 
-REFUSED = [  # suite, id, a word of the line
-    (ATARI, "Hopper-v4", "NoFrameskip"),
-    (ATARI, "Breakout-v4", ""),
-    (PROCGEN, "coinrum", "coinrun"),
-    (PROCGEN, "Hopper-v4", "coinrun"),
-]
-
-
-@pytest.mark.parametrize("case, env_id, word", REFUSED)
-def test_unknown_and_unsuitable_ids(capsys, folder, case, env_id, word):
-    with refused(capsys, f"--env-id {env_id}", word):
-        make(case, env_id, 1)
+@pytest.mark.parametrize("env_id", ["coinrum", "Hopper-v4"])
+def test_procgen_names_its_games(capsys, folder, env_id):
+    with refused(capsys, f"--env-id {env_id}", "coinrun"):
+        make(PROCGEN, env_id, 1)
 
 
 def test_mistake_in_a_constructor():

@@ -112,6 +112,14 @@ def test_refused_arguments(folder, capsys, case, kind):
             case.run(**changes)
 
 
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Breakout-v4", "Brekout-v4"])
+@by_case([case for case in CASES if case.name == "ppd_atari"])
+def test_atari_names_its_games(folder, capsys, case, env_id):
+    make_teacher("atari")
+    with refused(capsys, f"--env-id {env_id}", "NoFrameskip"):
+        case.run(env_id=env_id)
+
+
 @by_case(DISTILLING)
 def test_the_file_of_a_student_is_a_teacher(folder, case):
     """With all fields of the format. The default is a network like the teacher's."""

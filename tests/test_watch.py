@@ -1,4 +1,4 @@
-"""benchmark/watch.py: its scores are those of train_teacher.score, and its films show what was played."""
+"""benchmark/watch.py: its scores are those of train_teacher.score_policy, and its films show what was played."""
 
 import os
 import subprocess
