@@ -155,7 +155,7 @@ class AtariEnvs:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
         self.final_obs = info.get("final_obs", obs)
-        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives) & ~truncated
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
@@ -375,22 +375,23 @@ def main(args):
     if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
 
-    if not args.env_id.startswith("ALE/") and not args.env_id.endswith("NoFrameskip-v4"):
-        sys.exit(f"--env-id {args.env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
-    try:
-        envs = AtariEnvs(args.env_id, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
-        sys.exit(f"--env-id {args.env_id}: {error}")
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
-        envs.close()
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
-
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
         wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+
+    if not args.env_id.startswith("ALE/") and not args.env_id.endswith("NoFrameskip-v4"):
+        sys.exit(f"--env-id {args.env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
+    try:
+        envs = AtariEnvs(args.env_id, args.num_envs)
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
+        sys.exit(f"--env-id {args.env_id}: {error}")
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
+
     writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")

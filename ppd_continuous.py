@@ -121,7 +121,7 @@ def step_envs(envs, actions):
         final_obs, reward, terminated, truncated, _ = env.step(action)
         final_obs = np.array(final_obs)  # a copy: reset may write into it
         obs = env.reset()[0] if terminated or truncated else final_obs
-        steps.append((obs, float(reward), terminated, truncated, final_obs))
+        steps.append((obs, float(reward), bool(terminated), bool(truncated), final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
 
@@ -138,7 +138,8 @@ def receive(pipe):
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
+    # ContinuousEnvs.close sends SIGTERM. A second one must not stop the closing of the environments.
+    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), sys.exit()))
     torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     with contextlib.ExitStack() as stack:  # closes the environments
@@ -381,9 +382,16 @@ def main(args):
     if teacher["return_rms"]:  # PPD: reward statistics, frozen, if the teacher has any
         return_rms.load_state_dict(teacher["return_rms"])
 
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
+    if args.track:
+        import wandb
+
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+
     try:
         envs = ContinuousEnvs(args.env_id, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
     if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
         envs.close()
@@ -391,12 +399,6 @@ def main(args):
     if envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
-    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
-    if args.track:
-        import wandb
-
-        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")

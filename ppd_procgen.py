@@ -71,8 +71,8 @@ class Args:
     """number of training levels; 0: all there are"""
     start_level: int = 0
     """number of the first training level"""
-    distribution_mode: Literal["easy", "hard"] = "easy"
-    """difficulty of the levels"""
+    distribution_mode: Literal["easy", "hard"] | None = None
+    """difficulty of the levels (default: the teacher's)"""
     total_timesteps: int = 2_000_000
     """environment steps, rounded up to whole rollouts"""
     learning_rate: float = 3e-4
@@ -334,7 +334,8 @@ def main(args):
     # SETUP
     wanted = "a teacher for Procgen: see teachers/coinrun.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1, suite="procgen")  # PPD: its policy file
-    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    mode = args.distribution_mode or teacher["args"].get("distribution_mode", "easy")
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"], distribution_mode=mode)
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
@@ -376,17 +377,18 @@ def main(args):
     if args.save_path not in (None, own_save_path) and os.path.exists(args.save_path):
         sys.exit(f"--save-path {args.save_path}: this file exists")
 
-    envs = make_envs(args, args.num_envs)
-    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
-        envs.close()
-        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
-
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
     run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
     if args.track:
         import wandb
 
         wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+
+    envs = make_envs(args, args.num_envs)
+    if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:
+        envs.close()
+        sys.exit(f"--teacher {args.teacher}: its observations or actions are not those of --env-id {args.env_id}")
+
     writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")

@@ -74,8 +74,8 @@ class Args:
     """Procgen: number of training levels; 0: all there are"""
     start_level: int = 0
     """Procgen: number of the first training level"""
-    distribution_mode: Literal["easy", "hard"] = "easy"
-    """Procgen: difficulty of the levels"""
+    distribution_mode: Literal["easy", "hard"] | None = None
+    """Procgen: difficulty of the levels (default: the teacher's)"""
     total_timesteps: int = 2_000_000
     """environment steps, rounded up to whole rollouts"""
     learning_rate: float = 3e-4
@@ -91,7 +91,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     compile: bool = False
-    """compile the student's networks"""
+    """compile the student's networks and the KL"""
     amp: bool = False
     """compute convolutional networks in bfloat16"""
 
@@ -119,7 +119,7 @@ def step_envs(envs, actions):
         final_obs, reward, terminated, truncated, _ = env.step(action)
         final_obs = np.array(final_obs)  # a copy: reset may write into it
         obs = env.reset()[0] if terminated or truncated else final_obs
-        steps.append((obs, float(reward), terminated, truncated, final_obs))
+        steps.append((obs, float(reward), bool(terminated), bool(truncated), final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
 
@@ -136,7 +136,8 @@ def receive(pipe):
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
+    # ContinuousEnvs.close sends SIGTERM. A second one must not stop the closing of the environments.
+    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), sys.exit()))
     torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     with contextlib.ExitStack() as stack:  # closes the environments
@@ -241,7 +242,7 @@ class AtariEnvs:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
         self.final_obs = info.get("final_obs", obs)
-        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives) & ~truncated
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
@@ -513,7 +514,8 @@ def main(args):
     wanted = "a teacher: see teachers/Hopper-v4.pt, train_teacher.py, teachers/import_sb3.py"
     teacher = load("--teacher", args.teacher, wanted, format=1)  # SD: its policy file
     suite = teacher["suite"]
-    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"])
+    mode = args.distribution_mode or teacher["args"].get("distribution_mode", "easy")
+    args = dataclasses.replace(args, env_id=args.env_id or teacher["env_id"], distribution_mode=mode)
     if args.eval_episodes is None:
         args.eval_episodes = 200 if suite == "procgen" else 50
     if args.eval_episodes < 1:
@@ -565,9 +567,16 @@ def main(args):
         sys.exit(f"--save-path {args.save_path}: this file exists")
     actor.load_state_dict(dict(teacher_actor.named_buffers()), strict=False)  # SD: observation statistics, frozen
 
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
+    if args.track:
+        import wandb
+
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+
     try:
         envs = make_envs(args, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
     if [*envs.obs_shape, envs.action_dim] != [*network["obs_shape"], network["action_dim"]]:  # no two suites are alike
         envs.close()
@@ -575,12 +584,6 @@ def main(args):
     if suite == "continuous" and envs.envs[0].spec.max_episode_steps is None:
         print(f"warning: {args.env_id} has no time limit; an evaluation ends only if its episodes do")
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
-    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
-    if args.track:
-        import wandb
-
-        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")

@@ -136,7 +136,7 @@ def step_envs(envs, actions):
         final_obs, reward, terminated, truncated, _ = env.step(action)
         final_obs = np.array(final_obs)  # a copy: reset may write into it
         obs = env.reset()[0] if terminated or truncated else final_obs
-        steps.append((obs, float(reward), terminated, truncated, final_obs))
+        steps.append((obs, float(reward), bool(terminated), bool(truncated), final_obs))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
 
@@ -153,7 +153,8 @@ def receive(pipe):
 def work(pipe, parent_pipe, env_id, num_envs):
     """A worker process: call the functions that come through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # sent by ContinuousEnvs.close
+    # ContinuousEnvs.close sends SIGTERM. A second one must not stop the closing of the environments.
+    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), sys.exit()))
     torch.set_num_threads(1)  # torch's threads are lost in a fork: an environment that uses torch would hang
     parent_pipe.close()  # else the end of the parent would not be seen
     with contextlib.ExitStack() as stack:  # closes the environments
@@ -258,7 +259,7 @@ class AtariEnvs:
             actions = np.where(self.needs_fire, self.fire, actions)
         obs, rewards, game_over, truncated, info = self.envs.step(actions)
         self.final_obs = info.get("final_obs", obs)
-        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives) & ~truncated
         self.lives, self.needs_fire = info["lives"], life_lost | game_over | truncated
         self.returns += rewards
         self.lengths += 1
@@ -554,9 +555,16 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
+    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
+    if args.track:
+        import wandb
+
+        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
+
     try:
         envs = make_envs(args, args.num_envs)
-    except gym.error.UnregisteredEnv as error:
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
         sys.exit(f"--env-id {args.env_id}: {error}")
     if suite == "continuous":
         for space in (envs.envs[0].observation_space, envs.action_space):
@@ -598,12 +606,6 @@ def main(args):
         envs.close()
         sys.exit(f"--save-path {args.save_path}: this file exists")
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time() * 1000)}"
-    run_folder = args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-").replace(" ", "-")
-    if args.track:
-        import wandb
-
-        wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=global_step + 1)  # drops what came after the save
     writer.add_text("hyperparameters", "".join(f"    {name}: {value}\n" for name, value in vars(args).items()))
     print(f"run folder: {run_folder}")

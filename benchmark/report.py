@@ -163,7 +163,7 @@ def print_table(title, runs, key, kinds, paper):
 
 
 def steps_to(run, share):
-    """Steps until an evaluation first reaches this share of the teacher's score; infinite if none does."""
+    """Steps until an evaluation first reaches this share of the teacher's (raw) score; infinite if none does."""
     wanted = share * run["teacher"]["mean"]
     return min((step for step, mean, _ in run["curve"] if mean >= wanted > 0), default=np.inf)
 

@@ -67,11 +67,13 @@ def parse():
     if options.suite == "atari" and options.imperfect:
         ENV_IDS["atari"] = [f"{game}NoFrameskip-v4" for game in IMPERFECT_ATARI]
     options.env_ids = options.env_ids or ENV_IDS[options.suite]
-    if options.methods != ["ppd"] and "--distill-lambda" in options.further_flags:
+    further_flags = [word.split("=")[0].replace("_", "-") for word in options.further_flags]
+    if options.methods != ["ppd"] and "--distill-lambda" in further_flags:
         sys.exit("-- --distill-lambda: only with --methods ppd; SD and TD have no λ, and PPO is λ = 0")
-    for flag in ("--env-id", "--seed", "--teacher", "--student-size", "--total-timesteps", "--eval-episodes"):
-        if flag in options.further_flags:
-            sys.exit(f"-- {flag}: give it before the --, as an option of reproduce.py (see --help)")
+    own_flags = "env-id seed teacher student-size total-timesteps eval-episodes eval-interval exp-name"
+    for flag in own_flags.split():
+        if f"--{flag}" in further_flags:
+            sys.exit(f"-- --{flag}: this is for reproduce.py to choose; its options are before the -- (see --help)")
     suite = "continuous" if options.suite == "mujoco" else options.suite
     for env_id in options.env_ids:
         if train_teacher.suite_of(env_id) != suite:

@@ -25,7 +25,9 @@ def main():
     arguments = parser.parse_args()
     policy = train_teacher.load("policy", arguments.policy, "a policy file", format=1)
     suite = policy["suite"]
-    args = train_teacher.Args(env_id=policy["env_id"], seed=arguments.seed)
+    names = ("num_levels", "start_level", "distribution_mode")
+    levels = {name: policy["args"][name] for name in names if name in policy["args"]}  # only on Procgen
+    args = train_teacher.Args(env_id=policy["env_id"], seed=arguments.seed, **levels)
     args.eval_episodes = train_teacher.SETTINGS[suite].get("eval_episodes", 50)
     actor, _ = train_teacher.make_networks(policy["network"])
     actor.load_state_dict(policy["actor"])

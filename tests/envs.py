@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -22,8 +23,8 @@ def outcome(number, episode, t, action):
 
 
 class Scripted(gym.Env):
-    """An environment whose every number is known. It takes only actions within its bounds, which are not symmetric, and
-    writes all observations into the same array."""
+    """An environment whose every number is known. It takes only actions within its bounds, which are not symmetric,
+    writes all observations into the same array, and tells the end of an episode by an int."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.float32([0, -0.1]), np.float32([2, 0.3]))
@@ -43,7 +44,8 @@ class Scripted(gym.Env):
         assert self.action_space.contains(np.asarray(action, np.float32)), f"{action} is out of bounds"
         self.t += 1
         self.obs[:] = self.observe()
-        return self.obs, *outcome(self.number, self.episode, self.t, action), {}
+        reward, terminated, truncated = outcome(self.number, self.episode, self.t, action)
+        return self.obs, reward, int(terminated), truncated, {}
 
 
 class TorchInStep(Scripted):
@@ -63,9 +65,10 @@ class ExternalProgram(TorchInStep):
 
     def __init__(self):
         super().__init__()
-        self.program = subprocess.Popen(["sleep", "4321"])
+        self.program = subprocess.Popen(["sleep", "4321"], start_new_session=True)
 
     def close(self):
+        time.sleep(0.1)
         self.program.kill()
         self.program.wait()
 

@@ -98,6 +98,8 @@ REFUSALS = {
     "existing file": (dict(save_path="teacher.pt"), ["--save-path teacher.pt", "exists"]),
     "no episodes": (dict(eval_episodes=0), ["--eval-episodes"]),
     "unknown environment": (dict(env_id="Hoper-v4"), ["--env-id Hoper-v4: "]),
+    "old environment": (dict(env_id="Hopper-v1"), ["--env-id Hopper-v1: "]),
+    "an old name of a game": (dict(env_id="Breakout-v4"), ["--env-id Breakout-v4"]),
     "discrete actions": (dict(env_id="envs:Discrete-v0"), ["--env-id envs:Discrete-v0"]),
 }
 
@@ -110,14 +112,6 @@ def test_refused_arguments(folder, capsys, case, kind):
     if case.is_ppo or kind != "minibatch larger than rollout":
         with refused(capsys, *words):
             case.run(**changes)
-
-
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Breakout-v4", "Brekout-v4"])
-@by_case([case for case in CASES if case.name == "ppd_atari"])
-def test_atari_names_its_games(folder, capsys, case, env_id):
-    make_teacher("atari")
-    with refused(capsys, f"--env-id {env_id}", "NoFrameskip"):
-        case.run(env_id=env_id)
 
 
 @by_case(DISTILLING)
@@ -133,6 +127,14 @@ def test_the_file_of_a_student_is_a_teacher(folder, case):
     again = case.policy(teacher="new/smaller.pt", total_timesteps=48)
     assert again["network"] == load("new/smaller.pt")["network"] != teacher["network"]
     assert os.listdir("new") == ["smaller.pt"]  # no temporary files
+
+
+@by_case([case for case in CASES if case.suite == "procgen" and case.distills])
+def test_levels_are_as_difficult_as_the_teachers(folder, case):
+    teacher = load(make_teacher("procgen"))
+    for of_teacher, flag, expected in ("hard", None, "hard"), ("hard", "easy", "easy"), (None, None, "easy"):
+        torch.save({**teacher, "args": {"distribution_mode": of_teacher} if of_teacher else {}}, "teacher.pt")
+        assert case.policy(distribution_mode=flag, total_timesteps=48)["args"]["distribution_mode"] == expected
 
 
 def save_for_ever():

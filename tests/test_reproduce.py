@@ -81,11 +81,8 @@ def test_finished_and_interrupted_runs(folder, monkeypatch, capsys):
     assert summary == "1 of 3 students are done, 1 interrupted runs go on\n"
 
 
-MISTAKES = {
-    "atari --env-ids Hopper-v4": "Hopper-v4",
-    "mujoco --teacher no/{env_id}.pt --env-ids Hopper-v4": "Hopper-v4",
-}
-MISTAKES.update({"mujoco -- --seed 1": "--seed", "mujoco -- --distill-lambda 2": "--methods ppd"})
+MISTAKES = {"atari --env-ids Hopper-v4": "Hopper-v4", "mujoco --teacher no/{env_id}.pt": "--teacher no/"}
+MISTAKES.update({"mujoco -- --seed 1": "--seed", "mujoco -- --distill_lambda=2": "--methods ppd"})
 
 
 @pytest.mark.parametrize("words", MISTAKES)
