@@ -337,6 +337,8 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > batch_size or args.eval_episodes < 1:
         sys.exit(f"--minibatch-size: at most num_envs * num_steps = {batch_size}; --eval-episodes: at least 1")
+    if not args.env_id.startswith("ALE/") and not args.env_id.endswith("NoFrameskip-v4"):
+        sys.exit(f"--env-id {args.env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Cnn.amp = args.amp
@@ -382,8 +384,6 @@ def main(args):
 
         wandb.init(name=run_folder, config=vars(args), sync_tensorboard=True)
 
-    if not args.env_id.startswith("ALE/") and not args.env_id.endswith("NoFrameskip-v4"):
-        sys.exit(f"--env-id {args.env_id}: the Atari games are called ...NoFrameskip-v4 and ALE/...-v5")
     try:
         envs = AtariEnvs(args.env_id, args.num_envs)
     except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
