@@ -4,6 +4,7 @@ the paper, networks of another making. The steps of the environments and the shu
 import pathlib
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -118,14 +119,12 @@ def replay_ppo(recording, teacher):
                 for i in range(num_envs):
                     if infos[i].get("TimeLimit.truncated"):
                         rewards[i] += args.gamma * value(infos[i]["terminal_observation"][None])[0].item()
-                nothing = np.zeros((num_envs, 2))
-                buffer.add(obs, nothing, rewards, starts, value(obs), torch.zeros(num_envs))
+                buffer.add(obs, np.zeros((num_envs, 2)), rewards, starts, value(obs), torch.zeros(num_envs))
             obs, starts = next_obs, dones
         with torch.no_grad():
             buffer.compute_returns_and_advantage(value(obs), starts)
             b_obs, b_actions = np.concatenate(all_obs), torch.cat(all_actions)
-            arrays = buffer.advantages, buffer.returns
-            b_advantages, b_returns = (torch.as_tensor(array).flatten().double() for array in arrays)
+            b_advantages, b_returns = (torch.as_tensor(x).double().ravel() for x in (buffer.advantages, buffer.returns))
             b_logprobs = policy(b_obs).log_prob(b_actions)
             b_teacher = teacher and forward(kind, teacher["actor"], torch.as_tensor(b_obs))
         for _ in range(args.update_epochs):
@@ -168,13 +167,15 @@ HYPERPARAMETERS.update(total_timesteps=144, distill_lambda=0.9, distill_lambda_e
 
 
 def check_ratios(recording):
-    """1 in the first minibatch of each rollout, to rounding, and not 1 in the last."""
-    ratios = [arguments[0].detach().exp() for arguments, _ in recording.losses]
-    minibatches = len(ratios) // 3
-    assert minibatches == 6 and [len(ratio) for ratio in ratios[:3]] == [20, 20, 8]
-    for first, last in zip(ratios[::minibatches], ratios[minibatches - 1 :: minibatches], strict=True):
-        assert_close(first, torch.ones(20), rtol=1e-5)
-        assert (last - 1).abs().max() > 1e-4
+    """1 in the first minibatch of each rollout, to rounding, and not 1 in the last, whose metrics are logged."""
+    ratios = [arguments[0].detach().double().exp() for arguments, _ in recording.losses]
+    assert len(ratios) == 18 and [len(ratio) for ratio in ratios[:3]] == [20, 20, 8]
+    read = helpers.curves(next(pathlib.Path("runs").iterdir()))
+    metrics = zip(read["losses/approx_kl"], read["losses/clipfrac"], strict=True)
+    for first, last, ((_, kl), (_, clipfrac)) in zip(ratios[::6], ratios[5::6], metrics, strict=True):
+        assert_close(first, torch.ones(20).double(), rtol=1e-5)
+        assert (last - 1).abs().max() > 1e-4 and clipfrac == np.mean(abs(last.numpy() - 1) > 0.1)
+        assert kl == pytest.approx((last - 1 - last.log()).mean().item(), 0.01, 1e-6)
 
 
 @pytest.mark.parametrize("kl, ratio_grad", [("forward", True), ("forward", False), ("reverse", True)])
@@ -215,11 +216,10 @@ def test_baselines(folder, monkeypatch, case):
     matter. The actions are the student's in student-distill, the teacher's in teacher-distill."""
     teacher = load(make_teacher(case.suite))
     samples = record(monkeypatch, case.Actor, "policy")
-    recording = Recording(monkeypatch, case, **HYPERPARAMETERS)
+    recording, statistics = Recording(monkeypatch, case, **HYPERPARAMETERS), teacher["actor"]
     args, kind = recording.args, recording.policy["network"]["kind"]
     weights, leaves = recording.named_weights()
     optimizer = torch.optim.Adam(leaves, lr=args.learning_rate, eps=1e-5)
-    statistics = teacher["actor"]
 
     def normalize(obs):
         if case.suite != "continuous":

@@ -82,7 +82,8 @@ def test_finished_and_interrupted_runs(folder, monkeypatch, capsys):
 
 
 MISTAKES = {"atari --env-ids Hopper-v4": "Hopper-v4", "mujoco --teacher no/{env_id}.pt": "--teacher no/"}
-MISTAKES.update({"mujoco -- --seed 1": "--seed", "mujoco -- --distill_lambda=2": "--methods ppd"})
+MISTAKES.update({"mujoco -- --seed 1": "--seed", "mujoco -- --eval-interval=5": "--eval-interval"})
+MISTAKES["mujoco -- --distill_lambda=2"] = "--methods ppd"
 
 
 @pytest.mark.parametrize("words", MISTAKES)
